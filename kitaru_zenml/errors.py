@@ -1,0 +1,267 @@
+"""What can go wrong, as one small tree under `KitaruError`.
+
+Every error carries the facts as attributes and says in its message what to do next. Nothing here imports ZenML, so that the
+command line can report an error without paying for that import.
+
+Inside a flow an error that stops the run travels as `RunHalted`, a `BaseException`: code such as `except Exception` in a
+framework or in the flow must not swallow the loss of a lease. Who called `.run()` or `.resume()` gets the `KitaruError` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+
+class KitaruError(Exception):
+    """Base of every error that kitaru-zenml raises on purpose."""
+
+
+class RunHalted(BaseException):  # noqa: N818  (not an error: it carries one)
+    """Unwinds a flow that must not go on; `error` is what the caller of the run gets."""
+
+    def __init__(self, error: KitaruError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+# --- finding a run or a step ---------------------------------------------------------------------------------------------
+
+
+class RunNotFound(KitaruError):
+    """No run has this id, id prefix or name."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(f"There is no run `{run}`. List the runs with `kitaru runs`.")
+        self.run = run
+
+
+class AmbiguousRun(KitaruError):
+    """An id prefix or a name that fits several runs."""
+
+    def __init__(self, run: str, candidates: Sequence[str]) -> None:
+        super().__init__(f"`{run}` fits {len(candidates)} runs: {', '.join(candidates[:5])}. Give more characters of the id.")
+        self.run, self.candidates = run, tuple(candidates)
+
+
+class StepNotFound(KitaruError):
+    """No step of the run has this name or path."""
+
+    def __init__(self, run_id: str, step: str, near: Sequence[str] = ()) -> None:
+        hint = f" Near names: {', '.join(near)}." if near else ""
+        super().__init__(f"Run {run_id} has no step `{step}`.{hint} List its steps with `kitaru show {run_id}`.")
+        self.run_id, self.step, self.near = run_id, step, tuple(near)
+
+
+class AmbiguousStep(KitaruError):
+    """A step name that fits several steps of the run."""
+
+    def __init__(self, run_id: str, step: str, candidates: Sequence[str]) -> None:
+        super().__init__(f"`{step}` fits several steps of run {run_id}: {', '.join(candidates[:8])}. Name one of them.")
+        self.run_id, self.step, self.candidates = run_id, step, tuple(candidates)
+
+
+class RunFinished(KitaruError):
+    """A run that has completed cannot be resumed."""
+
+    def __init__(self, run_id: str, status: str) -> None:
+        super().__init__(f"Run {run_id} is {status}: there is nothing to resume. See its result with `kitaru show {run_id}`.")
+        self.run_id, self.status = run_id, status
+
+
+# --- the journal and its store -------------------------------------------------------------------------------------------
+
+
+class NoJournal(KitaruError):
+    """A ZenML run that has no journal: not a run of a kitaru flow, or its journal was deleted."""
+
+    def __init__(self, run_id: str, uri: str) -> None:
+        super().__init__(
+            f"Run {run_id} has no journal under {uri}: it is not a run of a kitaru flow, it was killed before it began, "
+            "or its journal was deleted. Start it again as a new run."
+        )
+        self.run_id, self.uri = run_id, uri
+
+
+class CorruptRecord(KitaruError):
+    """A stored object whose content does not fit its own hash or format."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The stored object `{name}` is corrupt: {reason}. Nothing was changed. Restore it from a backup or an older object "
+            "version, or delete it to run that step again; `kitaru verify RUN` lists every such object."
+        )
+        self.name, self.reason = name, reason
+
+
+class JournalGap(KitaruError):
+    """The numbered events of a journal have a hole: an event was deleted."""
+
+    def __init__(self, run_id: str, missing: Sequence[int]) -> None:
+        numbers = ", ".join(str(n) for n in missing)
+        super().__init__(
+            f"The event log of run {run_id} misses number {numbers}: an event object was deleted. Nothing was changed. "
+            "Restore it from a backup or an older object version."
+        )
+        self.run_id, self.missing = run_id, tuple(missing)
+
+
+class StoreUnavailable(KitaruError):
+    """The artifact store did not answer, or refused, after all retries."""
+
+    def __init__(self, uri: str, action: str, reason: str) -> None:
+        super().__init__(
+            f"The artifact store {uri} failed to {action}: {reason}. Finished steps are safe. Check the store with "
+            "`kitaru doctor`, then go on with `kitaru resume RUN`."
+        )
+        self.uri, self.action, self.reason = uri, action, reason
+
+
+class StoreFull(StoreUnavailable):
+    """The disk or the quota of the artifact store is full."""
+
+
+class StoreAccessDenied(StoreUnavailable):
+    """The credentials are missing, wrong, expired or lack a permission."""
+
+
+class BucketNotFound(StoreUnavailable):
+    """The bucket or the folder of the artifact store does not exist."""
+
+
+class StoreNotConditional(KitaruError):
+    """The store cannot create an object only if it is absent, so two executors could overwrite each other."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(
+            f"The artifact store {uri} cannot write conditionally (create only if absent): {reason}. A durable run needs that. "
+            "Use a local artifact store, or an S3, GCS or Azure store that honours `If-None-Match: *`."
+        )
+        self.uri, self.reason = uri, reason
+
+
+class WrongArtifactStore(KitaruError):
+    """The run's journal lives in another artifact store than the one at hand."""
+
+    def __init__(self, run_id: str, expected: str, actual: str) -> None:
+        super().__init__(
+            f"Run {run_id} keeps its journal in {expected}, but the stack at hand uses {actual}. Make that artifact store "
+            "reachable here, or switch to the run's stack with `zenml stack set`."
+        )
+        self.run_id, self.expected, self.actual = run_id, expected, actual
+
+
+# --- who executes the run ------------------------------------------------------------------------------------------------
+
+
+class RunIsLeased(KitaruError):
+    """Another live executor holds the run."""
+
+    def __init__(self, run_id: str, epoch: int, holder: str, until: datetime | None) -> None:
+        when = f" until {until:%H:%M:%S} UTC, renewed as long as it lives" if until else ""
+        super().__init__(
+            f"Run {run_id} is being executed by {holder} (epoch {epoch}){when}. Follow it with `kitaru show {run_id} --watch`, "
+            f"or take it over with `kitaru resume {run_id} --takeover`."
+        )
+        self.run_id, self.epoch, self.holder, self.until = run_id, epoch, holder, until
+
+
+class LeaseLost(KitaruError):
+    """This executor was superseded and stops without touching the run."""
+
+    def __init__(self, run_id: str, epoch: int, holder: str) -> None:
+        super().__init__(
+            f"This process held epoch {epoch} of run {run_id}, and {holder} has taken the run over. It stops here; the run goes "
+            f"on there. Follow it with `kitaru show {run_id} --watch`."
+        )
+        self.run_id, self.epoch, self.holder = run_id, epoch, holder
+
+
+class NotInRun(KitaruError):
+    """A durable call from a thread or a loop that lost the run's context while a flow is live in this process."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(
+            f"`{step}` was called in a thread or event loop that does not know its run, while a flow is running in this process: "
+            f"the call would not be durable. Use `{step}.submit(...)` or `{step}.map(...)`, or start the thread with "
+            f"`contextvars.copy_context().run`. For a plain call on purpose: `{step}.__wrapped__(...)`."
+        )
+        self.step = step
+
+
+class EventLoopRunning(KitaruError):
+    """`.run()` or `.resume()` was called inside a running event loop."""
+
+    def __init__(self, flow: str, verb: str) -> None:
+        super().__init__(
+            f"`{flow}.{verb}(...)` blocks, and an event loop is running in this thread. Use `await {flow}.{verb}_async(...)`."
+        )
+        self.flow, self.verb = flow, verb
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------------
+
+
+class InvalidStepName(KitaruError):
+    """A step name or key that cannot be stored."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"`{name}` cannot name a step: {reason}. Use letters, digits, `_`, `-`, `.` and `:`, 100 at most.")
+        self.name, self.reason = name, reason
+
+
+class NotDurableError(KitaruError):
+    """A step's value that cannot be stored; the value itself stays reachable as `value`."""
+
+    def __init__(self, step: str, type_name: str, reason: str, value: Any = None) -> None:
+        super().__init__(
+            f"Step `{step}` returned a `{type_name}`, which cannot be stored: {reason}. Return JSON-like values, Pydantic models "
+            f"or dataclasses, register a ZenML materializer for `{type_name}`, or opt in with `@flow(allow_pickle=True)`. "
+            "The value is on this exception as `.value`."
+        )
+        self.step, self.type_name, self.reason, self.value = step, type_name, reason, value
+
+
+class InputsDrifted(KitaruError):
+    """A finished step is asked again at the same place with other inputs: the flow is not deterministic there."""
+
+    def __init__(
+        self, run_id: str, step: str, changes: Sequence[tuple[str, str, str]], recorded: Sequence[str] = ()
+    ) -> None:
+        shown = "; ".join(f"`{name}` was {old}, is {new}" for name, old, new in changes) or "its inputs are not those recorded"
+        super().__init__(
+            f"Run {run_id} asks step `{step}` with other inputs than before: {shown}. Nothing was run and nothing is lost. "
+            f"Choose: `kitaru resume {run_id} --drift reuse` (the same call, a volatile input: take the recorded result), "
+            f"`kitaru resume {run_id} --drift rerun` (a new call: run it, retire the old record), or declare the input volatile "
+            f"with `@checkpoint(ignore=(\"{changes[0][0] if changes else 'argument'}\",))` and resume."
+        )
+        self.run_id, self.step, self.changes, self.recorded = run_id, step, tuple(changes), tuple(recorded)
+
+
+class StepInDoubt(KitaruError):
+    """An at-most-once step was started and has no outcome: nobody knows whether it took effect."""
+
+    def __init__(self, run_id: str, step: str, started_at: datetime) -> None:
+        super().__init__(
+            f"Step `{step}` of run {run_id} runs at most once; it was started at {started_at:%Y-%m-%d %H:%M:%S} UTC and its outcome "
+            f"is unknown. Find out what happened, then say `kitaru settle {run_id} '{step}' --value JSON` (it took effect) or "
+            f"`kitaru settle {run_id} '{step}' --retry` (it did not), and `kitaru resume {run_id}`."
+        )
+        self.run_id, self.step, self.started_at = run_id, step, started_at
+
+
+class StepTimeout(KitaruError):
+    """A step took longer than its `timeout`."""
+
+    def __init__(self, step: str, seconds: float) -> None:
+        super().__init__(f"Step `{step}` did not finish within {seconds:g} s.")
+        self.step, self.seconds = step, seconds
+
+
+class RecordedFailure(KitaruError):
+    """A recorded failure whose exception class is not imported here: its type name and message."""
+
+    def __init__(self, type_name: str, message: str) -> None:
+        super().__init__(f"{type_name}: {message}")
+        self.type_name, self.message = type_name, message

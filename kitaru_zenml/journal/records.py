@@ -1,0 +1,398 @@
+"""What the journal stores: frozen, versioned models and the envelope around them.
+
+Every object is JSON, `{"sha256": <hash of body>, "body": {...}}`, so that a torn or edited object shows without knowing its
+model. A body carries the nonce of who wrote it: a writer that finds its own bytes under a name knows that it won. Layout under
+`kitaru/<run id>/` (the folder functions below are the only place that spells it):
+
+    run.json             RunInfo       derived from the ZenML run
+    steps/<key>.json     StepRecord    write-once outcome of a step; path "/" is the flow itself
+    started/<key>.json   StartedMarker an at-most-once step has begun
+    events/<n>.json      Event         numbered notes of the executing leg
+    lease/<n>.json       Lease         who holds epoch n; lease/<n>.beat is overwritten by its holder alone
+    blobs/<sha256>       bytes of a large value
+
+An example record, as stored (see tests/journal/golden for one of each, which lock the format):
+
+    {"sha256":"9c..","body":{"v":1,"nonce":"5f..","run_id":"8a..","epoch":1,"path":"/fetch@3fa2c1d09b#.0","name":"fetch",
+     "ordinal":0,"generation":0,"number":4,"digest":"3fa2c1d09b..","turn":["",0],"inputs":{"url":"https://.."},
+     "outcome":{"kind":"json","data":{"status":200}},"started_at":"2026-11-24T05:00:00Z", ...}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from kitaru_zenml.errors import CorruptRecord
+
+FORMAT = 1
+
+
+class Stored(BaseModel):
+    """Base of the bodies: frozen, with the writer's nonce. Unknown fields of later versions are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants", ser_json_bytes="base64")
+
+    v: int = FORMAT
+    nonce: str
+    run_id: str
+
+
+# --- values --------------------------------------------------------------------------------------------------------------
+
+
+class JsonValue(BaseModel):
+    """A value inline, as the tagged JSON tree of `kitaru_zenml.codec`."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    kind: Literal["json"] = "json"
+    data: Any
+
+
+class BlobValue(BaseModel):
+    """A value whose tagged JSON is in `blobs/<sha256>`, because it is larger than the inline limit."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["blob"] = "blob"
+    sha256: str
+    size: int
+
+
+class MaterializedValue(BaseModel):
+    """A value saved by its ZenML materializer in a folder of its own."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["materialized"] = "materialized"
+    folder: str  # relative to the artifact store's root
+    materializer: str  # import path, as ZenML's source
+    data_type: str
+
+
+class PickledValue(BaseModel):
+    """A value pickled because the flow opted in; loading asks for the same opt-in."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["pickled"] = "pickled"
+    sha256: str
+    size: int
+    data_type: str
+
+
+Value = Annotated[JsonValue | BlobValue | MaterializedValue | PickledValue, Field(discriminator="kind")]
+
+
+class Failure(BaseModel):
+    """An exception as data. `type` is `module:qualified name`; `args` and `state` hold what of it is JSON-like."""
+
+    model_config = ConfigDict(frozen=True)
+    type: str
+    message: str
+    args: Any = None
+    state: dict[str, Any] = {}
+    traceback: str = ""
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------------
+
+
+class Scope(BaseModel):
+    """What identifies a step or a scope that encloses a record, also when the scope has no record itself."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    name: str
+    ordinal: int
+    digest: str
+    turn: tuple[str, int]
+    key: str | None = None
+    kind: str = "step"
+
+
+class Attempt(BaseModel):
+    """A try of a step's body that failed and was retried."""
+
+    model_config = ConfigDict(frozen=True)
+    started_at: datetime
+    ended_at: datetime
+    failure: Failure
+
+
+class Usage(BaseModel):
+    """What a model call consumed. `cost` is in US dollars."""
+
+    model_config = ConfigDict(frozen=True)
+    model: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = None
+
+
+class StepRecord(Stored):
+    """The outcome of a step: exactly one of `outcome` and `failure` is set."""
+
+    epoch: int
+    path: str
+    name: str
+    ordinal: int  # the how-manieth step of this name in its scope: `fetch#3` is name and ordinal
+    key: str | None = None  # a keyed step, `refund[call_7]`
+    kind: str = "step"  # step, flow, or what an adapter says: model, tool, node, agent, ...
+    generation: int = 0
+    number: int  # place in the order of delivery
+    digest: str  # of the inputs, SHA-256
+    turn: tuple[str, int]  # branch, and the how-manieth call of this name in it
+    scopes: tuple[Scope, ...] = ()  # outermost first
+    inputs: dict[str, Any] = {}  # references and remainders, see `kitaru_zenml.inputs`
+    known: dict[str, str] = {}  # digests of large input values, by JSON pointer: what later records may refer to
+    opaque: tuple[str, ...] = ()  # arguments that count by type name only
+    drift: tuple[str, ...] = ()  # arguments that differed from an earlier record and were declared volatile or reused
+    outcome: Value | None = None
+    outcome_digest: str | None = None
+    failure: Failure | None = None
+    attempts: tuple[Attempt, ...] = ()
+    after: tuple[str, ...] = ()  # keys of the records this one follows in its branch, or that an adapter links
+    idempotency_key: str = ""
+    usage: Usage | None = None
+    metadata: dict[str, Any] = {}
+    step_run: str | None = None  # an isolated step: the native ZenML step run that did it
+    started_at: datetime
+    ended_at: datetime
+
+    @property
+    def display(self) -> str:
+        """The path for people, unique in the run: `audit#0/fetch#3`, `support#0/refund[call_7]`."""
+        return "/".join([*(display_name(s.name, s.ordinal, s.key) for s in self.scopes), display_name(self.name, self.ordinal, self.key)])
+
+
+class StartedMarker(Stored):
+    """An at-most-once step has begun; without a record its outcome is in doubt."""
+
+    epoch: int
+    path: str
+    generation: int
+    display: str
+    started_at: datetime
+
+
+def display_name(name: str, ordinal: int, key: str | None) -> str:
+    """`refund[call_7]` for a keyed step, `fetch#3` for any other."""
+    return f"{name}[{key}]" if key is not None else f"{name}#{ordinal}"
+
+
+# --- the run, its leases, its events -------------------------------------------------------------------------------------
+
+
+class RunInfo(Stored):
+    """What the run executes, derived from the ZenML run so that any leg may create it."""
+
+    flow: str
+    source: str
+    inputs: dict[str, Any] = {}
+    code: str = ""  # digest of the source file of the flow when the run began
+    artifact_store: str = ""
+    kitaru_version: str = ""
+    created_at: datetime
+
+
+class Holder(BaseModel):
+    """A process, named so that another one can tell whether it is gone."""
+
+    model_config = ConfigDict(frozen=True)
+    host: str
+    boot: str  # boot id and process namespace: pids compare only within it
+    pid: int
+    started: float  # of the process, seconds since the epoch
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Lease(Stored):
+    """Epoch `epoch` of the run belongs to `holder`."""
+
+    epoch: int
+    holder: Holder
+    purpose: str  # run, resume, settle
+    lapse_seconds: float
+    taken_at: datetime
+
+
+class InFlight(BaseModel):
+    """A step whose body is executing."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    display: str
+    kind: str = "step"
+    started_at: datetime
+
+
+class Beat(BaseModel):
+    """Overwritten by the holder of an epoch alone: alive (`count` grows), or released."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    epoch: int
+    count: int
+    at: datetime
+    released: bool = False
+    in_flight: tuple[InFlight, ...] = ()
+
+
+class Reopened(BaseModel):
+    """A path whose next generation is open: its earlier record no longer answers."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    generation: int
+
+
+class RetryEvent(Stored):
+    """Failed steps are to run again: `reopened` names the generation that is open now."""
+
+    type: Literal["retry"] = "retry"
+    epoch: int
+    at: datetime
+    reopened: tuple[Reopened, ...]
+
+
+class RetireEvent(Stored):
+    """Records that no longer answer any call, because their inputs drifted and a person chose to run the call anew."""
+
+    type: Literal["retire"] = "retire"
+    epoch: int
+    at: datetime
+    reopened: tuple[Reopened, ...]
+    reason: str
+
+
+class LegClosedEvent(Stored):
+    """A leg ended in order. `covers` maps each record not covered before to its hash; `root` chains on the previous root."""
+
+    type: Literal["leg_closed"] = "leg_closed"
+    epoch: int
+    at: datetime
+    status: Literal["completed", "failed", "paused", "stopped"]
+    failure: Failure | None = None
+    failed_paths: tuple[str, ...] = ()  # recorded failures on the chain of the exception that ended the run
+    in_flight: tuple[InFlight, ...] = ()
+    covers: dict[str, str]
+    previous_root: str
+    root: str
+
+
+Event = Annotated[RetryEvent | RetireEvent | LegClosedEvent, Field(discriminator="type")]
+EVENT: TypeAdapter[RetryEvent | RetireEvent | LegClosedEvent] = TypeAdapter(Event)
+
+
+def chain_root(previous: str, covers: dict[str, str]) -> str:
+    """The root over what a leg covers: a hash over the previous root and the sorted (key, hash) lines."""
+    lines = "".join(f"{key} {covers[key]}\n" for key in sorted(covers))
+    return hashlib.sha256(f"{previous}\n{lines}".encode()).hexdigest()
+
+
+# --- names of objects ----------------------------------------------------------------------------------------------------
+
+
+def run_folder(run_id: str) -> str:
+    """The folder of a run's journal, relative to the artifact store's root."""
+    return f"kitaru/{run_id}/"
+
+
+def artifact_folder(run_id: str, key: str) -> str:
+    """Where the ZenML artifact version of a record points; never holds the record, because ZenML deletes it with the version."""
+    return f"kitaru/artifacts/{run_id}/{key}"
+
+
+def record_key(name: str, path: str, generation: int) -> str:
+    """Flat object key of a record: readable slug of the name and a digest of path and generation."""
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:40].strip(".-") or "step"
+    return f"{slug}-{hashlib.sha256(f'{path}|{generation}'.encode()).hexdigest()[:20]}"
+
+
+def step_name(run_id: str, key: str) -> str:
+    """Object name of a step's record."""
+    return f"kitaru/{run_id}/steps/{key}.json"
+
+
+def started_name(run_id: str, key: str) -> str:
+    """Object name of an at-most-once marker."""
+    return f"kitaru/{run_id}/started/{key}.json"
+
+
+def event_name(run_id: str, number: int) -> str:
+    """Object name of an event; zero-padded so that a listing is in order."""
+    return f"kitaru/{run_id}/events/{number:08d}.json"
+
+
+def lease_name(run_id: str, epoch: int) -> str:
+    """Object name of the lease of an epoch."""
+    return f"kitaru/{run_id}/lease/{epoch:06d}.json"
+
+
+def beat_name(run_id: str, epoch: int) -> str:
+    """Object name of the heartbeat of an epoch."""
+    return f"kitaru/{run_id}/lease/{epoch:06d}.beat"
+
+
+def blob_name(run_id: str, sha256: str) -> str:
+    """Object name of a large value."""
+    return f"kitaru/{run_id}/blobs/{sha256}"
+
+
+# --- the envelope --------------------------------------------------------------------------------------------------------
+
+_HEAD = b'{"sha256":"'
+_MIDDLE = b'","body":'
+_BODY_AT = len(_HEAD) + 64 + len(_MIDDLE)
+
+S = TypeVar("S", bound=Stored)
+
+
+def seal(body: Stored) -> bytes:
+    """The bytes to store for a body."""
+    text = body.model_dump_json(exclude_defaults=False).encode()
+    return _HEAD + hashlib.sha256(text).hexdigest().encode() + _MIDDLE + text + b"}"
+
+
+def sealed_hash(data: bytes) -> str:
+    """The hash that an object states about its own body."""
+    return data[len(_HEAD) : len(_HEAD) + 64].decode("ascii", "replace")
+
+
+def unsealed_body(data: bytes, name: str) -> bytes:
+    """The body's bytes, checked against the envelope's hash.
+
+    Raises:
+        CorruptRecord: If the object is torn, edited or not an envelope.
+    """
+    if not data.startswith(_HEAD) or data[len(_HEAD) + 64 : _BODY_AT] != _MIDDLE or not data.endswith(b"}"):
+        raise CorruptRecord(name, "it is truncated or not an object of this journal")
+    body = data[_BODY_AT:-1]
+    if hashlib.sha256(body).hexdigest() != sealed_hash(data):
+        raise CorruptRecord(name, "its content does not match its own hash")
+    return body
+
+
+def unseal(model: type[S], data: bytes, name: str) -> S:
+    """The body of an object, checked.
+
+    Raises:
+        CorruptRecord: If the hash does not fit or the body is not of this model.
+    """
+    body = unsealed_body(data, name)
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise CorruptRecord(name, f"it is not a {model.__name__}: {error.errors()[0]['msg']}") from error
+
+
+def unseal_event(data: bytes, name: str) -> RetryEvent | RetireEvent | LegClosedEvent:
+    """An event, checked; see `unseal`."""
+    body = unsealed_body(data, name)
+    try:
+        return EVENT.validate_json(body)
+    except ValidationError as error:
+        raise CorruptRecord(name, f"it is not an event: {error.errors()[0]['msg']}") from error
