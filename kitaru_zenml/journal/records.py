@@ -145,8 +145,9 @@ class StepRecord(Stored):
     digest: str  # of the inputs, SHA-256
     turn: tuple[str, int]  # branch, and the how-manieth call of this name in it
     scopes: tuple[Scope, ...] = ()  # outermost first
+    arguments: dict[str, str] = {}  # digest of each argument, shortened: what differs when inputs drift
     inputs: dict[str, Any] = {}  # references and remainders, see `kitaru_zenml.inputs`
-    known: dict[str, str] = {}  # digests of large input values, by JSON pointer: what later records may refer to
+    known: dict[str, str] = {}  # JSON pointer of a large input value -> its digest: what later records may refer to
     opaque: tuple[str, ...] = ()  # arguments that count by type name only
     drift: tuple[str, ...] = ()  # arguments that differed from an earlier record and were declared volatile or reused
     outcome: Value | None = None
