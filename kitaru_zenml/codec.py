@@ -241,6 +241,7 @@ class Encoded:
     value: Value
     decoded: Any
     tree: Any = None  # of JSON values, for digests
+    size: int = 0  # bytes of its JSON
     blob: tuple[str, bytes] | None = None
 
 
@@ -257,6 +258,14 @@ class Materializers:
     def load(self, value: MaterializedValue) -> Any:
         """Load what `save` saved."""
         raise NotImplementedError
+
+
+def encode_plain(value: Any, inline_limit: int) -> Encoded | None:
+    """Encode a value that has a JSON form; `None` for any other, which `encode_value` stores with I/O."""
+    try:
+        return _encode_tree(to_tree(value), inline_limit)
+    except (Unencodable, RecursionError):
+        return None
 
 
 def encode_value(
@@ -295,9 +304,9 @@ def _encode_tree(tree: Any, inline_limit: int) -> Encoded:
     text = _json(tree)
     decoded = from_tree(from_json(text, cache_strings="keys"))
     if len(text) <= inline_limit:
-        return Encoded(JsonValue(data=tree), decoded, tree)
+        return Encoded(JsonValue(data=tree), decoded, tree, len(text))
     sha = _sha256(text)
-    return Encoded(BlobValue(sha256=sha, size=len(text)), decoded, tree, (sha, text))
+    return Encoded(BlobValue(sha256=sha, size=len(text)), decoded, tree, len(text), (sha, text))
 
 
 def _encode_other(
@@ -331,7 +340,7 @@ def _encode_other(
             reason = f"it cannot be pickled either: {error}"
         else:
             sha = _sha256(text)
-            return Encoded(PickledValue(sha256=sha, size=len(text), data_type=type_path(type(value))), decoded, None, (sha, text))
+            return Encoded(PickledValue(sha256=sha, size=len(text), data_type=type_path(type(value))), decoded, None, len(text), (sha, text))
     raise NotDurableError(step, type_path(type(value)), reason, value)
 
 
@@ -397,6 +406,11 @@ def value_tree(value: Value, blob: Callable[[str], bytes]) -> Any:
     if isinstance(value, MaterializedValue):
         return {"type": value.data_type, "materializer": value.materializer, "folder": value.folder}
     return {"type": value.data_type, "pickled": value.size}
+
+
+def tree_text(tree: Any) -> str:
+    """A tree as JSON text, for a person."""
+    return _json(tree).decode("utf-8", "replace")
 
 
 def _json(tree: Any) -> bytes:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -110,6 +111,12 @@ class Scope(BaseModel):
     turn: tuple[str, int]
     key: str | None = None
     kind: str = "step"
+    equal: int = 0  # the how-manieth of equal calls in its scope: what the idempotency key counts by
+
+    @property
+    def group(self) -> str:
+        """What its rivals share: scope and name of a step told by its inputs, the whole path of a keyed one."""
+        return self.path if self.key is not None else self.path.rsplit("@", 1)[0]
 
 
 class Attempt(BaseModel):
@@ -139,6 +146,7 @@ class StepRecord(Stored):
     name: str
     ordinal: int  # the how-manieth step of this name in its scope: `fetch#3` is name and ordinal
     key: str | None = None  # a keyed step, `refund[call_7]`
+    equal: int = 0
     kind: str = "step"  # step, flow, or what an adapter says: model, tool, node, agent, ...
     generation: int = 0
     number: int  # place in the order of delivery
@@ -156,6 +164,7 @@ class StepRecord(Stored):
     attempts: tuple[Attempt, ...] = ()
     after: tuple[str, ...] = ()  # keys of the records this one follows in its branch, or that an adapter links
     idempotency_key: str = ""
+    at_most_once: bool = False
     usage: Usage | None = None
     metadata: dict[str, Any] = {}
     step_run: str | None = None  # an isolated step: the native ZenML step run that did it
@@ -163,19 +172,42 @@ class StepRecord(Stored):
     ended_at: datetime
 
     @property
+    def scope(self) -> Scope:
+        """What identifies this step, as a scope for what is inside it."""
+        return Scope(
+            path=self.path, name=self.name, ordinal=self.ordinal, digest=self.digest, turn=self.turn, key=self.key, kind=self.kind,
+            equal=self.equal,
+        )  # fmt: skip
+
+    @property
     def display(self) -> str:
         """The path for people, unique in the run: `audit#0/fetch#3`, `support#0/refund[call_7]`."""
-        return "/".join([*(display_name(s.name, s.ordinal, s.key) for s in self.scopes), display_name(self.name, self.ordinal, self.key)])
+        return display_path((*self.scopes, self.scope))
+
+    @property
+    def object_key(self) -> str:
+        """The `<key>` of this record's objects."""
+        return record_key(self.name, self.path, self.generation)
 
 
 class StartedMarker(Stored):
     """An at-most-once step has begun; without a record its outcome is in doubt."""
 
     epoch: int
-    path: str
+    scope: Scope  # of the step itself
+    scopes: tuple[Scope, ...] = ()  # around it, outermost first
     generation: int
-    display: str
     started_at: datetime
+
+    @property
+    def display(self) -> str:
+        """The step's path for people."""
+        return display_path((*self.scopes, self.scope))
+
+
+def display_path(scopes: Sequence[Scope]) -> str:
+    """The path for people of the innermost of some scopes."""
+    return "/".join(display_name(s.name, s.ordinal, s.key) for s in scopes)
 
 
 def display_name(name: str, ordinal: int, key: str | None) -> str:
@@ -190,7 +222,8 @@ class RunInfo(Stored):
     """What the run executes, derived from the ZenML run so that any leg may create it."""
 
     flow: str
-    source: str
+    source: str  # import path of the flow
+    source_root: str = ""  # the folder it was imported from, for a resume on the same machine
     inputs: dict[str, Any] = {}
     code: str = ""  # digest of the source file of the flow when the run began
     artifact_store: str = ""
@@ -251,12 +284,13 @@ class Reopened(BaseModel):
 
 
 class RetryEvent(Stored):
-    """Failed steps are to run again: `reopened` names the generation that is open now."""
+    """A person resumes: failed steps are to run again; `reopened` names the generation that is open now."""
 
     type: Literal["retry"] = "retry"
     epoch: int
     at: datetime
     reopened: tuple[Reopened, ...]
+    on_drift: Literal["raise", "reuse", "rerun"] | None = None  # what the leg that follows does when inputs drifted
 
 
 class RetireEvent(Stored):

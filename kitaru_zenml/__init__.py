@@ -1,0 +1,63 @@
+"""A durable runtime for AI agents, shaped as a ZenML plugin.
+
+The public names, loaded when they are first used, so that `import kitaru_zenml` and `kitaru --help` do not pay for ZenML's import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "flow": "flows",
+    "Flow": "flows",
+    "checkpoint": "checkpoints",
+    "Checkpoint": "checkpoints",
+    "current_step": "checkpoints",
+    "StepFuture": "futures",
+    "as_completed": "futures",
+    "now": "recorded",
+    "random": "recorded",
+    "uuid4": "recorded",
+    "RunHandle": "runs",
+    "resume": "resumption",
+    "settle": "resumption",
+    "KitaruError": "errors",
+    "InputsDrifted": "errors",
+    "LeaseLost": "errors",
+    "NotDurableError": "errors",
+    "RecordedFailure": "errors",
+    "RunIsLeased": "errors",
+    "StepInDoubt": "errors",
+    "StepTimeout": "errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from kitaru_zenml.checkpoints import Checkpoint, checkpoint, current_step
+    from kitaru_zenml.errors import (
+        InputsDrifted,
+        KitaruError,
+        LeaseLost,
+        NotDurableError,
+        RecordedFailure,
+        RunIsLeased,
+        StepInDoubt,
+        StepTimeout,
+    )
+    from kitaru_zenml.flows import Flow, flow
+    from kitaru_zenml.futures import StepFuture, as_completed
+    from kitaru_zenml.recorded import now, random, uuid4
+    from kitaru_zenml.resumption import resume, settle
+    from kitaru_zenml.runs import RunHandle
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,750 @@
+"""Replay or run: the one decision about a durable call, without I/O of its own (DESIGN §5).
+
+`Engine.call` is a generator: it yields what must be done (wait, write, run the body) and gets the result sent back, so that a thin
+sync and a thin async driver (`drivers`) share one implementation. A call is resolved to a path (§4):
+
+1. The record, or open scope, at its own path answers it.
+2. Else, if a step of that scope and name is still unclaimed that has equal inputs, or stands at the same turn with other inputs, the
+   other live branches get their turn first. Then equal inputs: it takes that one. Other inputs: `InputsDrifted`.
+3. Else it is new, and runs.
+
+Outcomes get the next number before they are stored and reach the code in that order, live and on replay, one at a time. All state is
+behind one lock of this run; nothing is shared between runs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kitaru_zenml import codec
+from kitaru_zenml.errors import InputsDrifted, KitaruError, LeaseLost, NotDurableError, RunHalted, StepInDoubt
+from kitaru_zenml.identity import Branch, Claims, CurrentStep, Here, Known, call_prefix
+from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, digest_tree
+from kitaru_zenml.journal.journal import Snapshot, new_nonce
+from kitaru_zenml.journal.records import (
+    Attempt,
+    Failure,
+    InFlight,
+    MaterializedValue,
+    Reopened,
+    RetireEvent,
+    Scope,
+    StartedMarker,
+    StepRecord,
+    artifact_folder,
+    blob_name,
+    display_path,
+    record_key,
+    seal,
+    sealed_hash,
+    started_name,
+    step_name,
+    unseal,
+)
+from kitaru_zenml.options import OnDrift, StepOptions
+
+if TYPE_CHECKING:
+    from kitaru_zenml.execution import Execution
+
+logger = logging.getLogger("kitaru_zenml")
+
+TICK = 0.02  # seconds without an engine call, while other branches live
+TICKS_TO_TAKE_EQUAL = 2
+TICKS_TO_DELIVER_OUT_OF_ORDER = 25
+TICKS_TO_DRIFT = 100
+
+
+# --- what the engine asks its driver for ----------------------------------------------------------------------------------
+
+
+class Waiter(Protocol):
+    """Something a call waits on. `set` may come from any thread."""
+
+    def set(self) -> None:
+        """Let the call go on."""
+
+
+class Caller(Protocol):
+    """How the call was made."""
+
+    holds_loop: bool  # a sync call in a thread whose event loop it blocks: no other task of that loop can move
+
+    def waiter(self) -> Waiter:
+        """A fresh waiter of this caller's kind."""
+
+    def hand_over(self, value: Any, error: BaseException | None) -> None:
+        """Give the result to whoever has a future of this call, before the next result is released."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait until the waiter is set or the seconds have passed."""
+
+    waiter: Waiter
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Create an object; answers what `Store.create` does. Not interrupted by a cancellation."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Perform:
+    """Do blocking work off the event loop and answer its result."""
+
+    work: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunBody:
+    """Run the step's body there, within the timeout."""
+
+    here: Here
+    timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Let the seconds pass."""
+
+    seconds: float
+
+
+Effect = Wait | Create | Perform | RunBody | Sleep
+Steps = Generator[Effect, Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A durable call as asked."""
+
+    name: str
+    inputs: Inputs
+    options: StepOptions
+    key: str | None = None
+    kind: str = "step"
+    returns: Any = Any  # the declared return type
+    native: Callable[[Scope, str], str | None] | None = None  # of an isolated step: its ZenML step run, once the body ran
+
+
+@dataclass(slots=True)
+class _Scope:
+    """What is counted within one scope. Gone when the scope's step is recorded."""
+
+    counts: dict[Any, int] = field(default_factory=dict)
+    used: dict[Any, set[int]] = field(default_factory=dict)
+    finished: list[tuple[Known, bool]] = field(default_factory=list)  # asked again if the body is retried; is it to run again
+
+    def count(self, what: Any) -> int:
+        n = self.counts.get(what, 0)
+        self.counts[what] = n + 1
+        return n
+
+    def lowest_free(self, what: Any) -> int:
+        n = self.counts.get(what, 0)
+        while n in self.used.get(what, ()):
+            n += 1
+        self.counts[what] = n + 1
+        return n
+
+    def note(self, scope: Scope) -> None:
+        self.used.setdefault(("ordinal", scope.name), set()).add(scope.ordinal)
+        self.used.setdefault(("equal", scope.name, scope.key, scope.digest), set()).add(scope.equal)
+
+
+class Engine:
+    """The state of one leg of a run."""
+
+    def __init__(self, execution: Execution, snapshot: Snapshot, on_drift: OnDrift) -> None:
+        self.execution, self.on_drift = execution, on_drift
+        self.run_id, self.epoch = execution.run_id, execution.lease.epoch
+        self.lock = threading.RLock()
+        self.halted: KitaruError | None = None
+        self.claims = Claims()
+        self.references = References()
+        self.covers: dict[str, str] = {}  # key -> hash of each record this leg stored or adopted
+        self.replayed = self.ran = 0
+        self._scopes: dict[str, _Scope] = {}
+        self._live: set[Branch] = set()
+        self._threads = {t.ident for t in threading.enumerate()}
+        self._executing: dict[str, InFlight] = {}
+        self._parked: dict[Waiter, str] = {}
+        self._held: dict[int, tuple[Waiter, str]] = {}
+        self._coming: list[int] = []  # heap; numbers in _gone are skipped
+        self._gone: set[int] = set()
+        self._delivering: int | None = None
+        self._storing = 0
+        self._activity = 0
+        self._load(snapshot)
+
+    # --- what the journal knows ---
+
+    def _load(self, snapshot: Snapshot) -> None:
+        current, opened = snapshot.current(), snapshot.generations
+        current.pop("/", None)
+        for key, record in snapshot.records.items():
+            self.references.learn(key, record.outcome_digest, record.known)
+        known: dict[str, Known] = {}
+        inside: dict[str, tuple[Scope, ...]] = {}
+        for record in snapshot.records.values():
+            for depth, scope in enumerate(record.scopes):  # open, unless a record says more below
+                known.setdefault(scope.path, Known(scope, generation=opened.get(scope.path, 0)))
+                inside.setdefault(scope.path, record.scopes[:depth])
+            if record.path in opened and record.path not in current and record.path not in snapshot.retired:
+                known[record.path] = Known(record.scope, generation=opened[record.path])  # reopened
+                inside[record.path] = record.scopes
+        for key, marker in snapshot.markers.items():
+            path = marker.scope.path
+            if marker.generation == opened.get(path, 0) and path not in current:
+                known[path] = Known(marker.scope, key, marker=marker, generation=marker.generation)
+                inside[path] = marker.scopes
+        for record in current.values():
+            known[record.path] = Known(record.scope, record.object_key, record.number, record, generation=record.generation)
+            inside[record.path] = record.scopes
+        for path, entry in known.items():
+            around = [current[scope.path] for scope in inside[path] if scope.path in current]
+            if path == "/" or any(record.failure is None for record in around):
+                continue  # what a finished step did inside is not asked again
+            self._scope(inside[path]).note(entry.scope)
+            if entry.record is None and path in snapshot.retired:
+                continue
+            self.claims.add(entry)
+            if entry.record is not None and not around:  # inside a failed step it is asked only if that is tried again
+                self._coming.append(entry.number)
+        heapq.heapify(self._coming)
+        self._next_number = 1 + max((r.number for r in snapshot.records.values()), default=-1)
+        self.recorded = len(self._coming)
+
+    def _scope(self, scopes: tuple[Scope, ...]) -> _Scope:
+        path = scopes[-1].path if scopes else ""
+        found = self._scopes.get(path)
+        if found is None:
+            found = self._scopes[path] = _Scope()
+        return found
+
+    def unclaimed(self) -> list[Known]:
+        """Finished steps that the code has not asked for."""
+        with self.lock:
+            return [known for known in self.claims if known.record is not None and known.number in self._coming]
+
+    def in_flight(self) -> tuple[InFlight, ...]:
+        """The steps whose bodies are executing now."""
+        with self.lock:
+            return tuple(self._executing.values())
+
+    # --- branches ---
+
+    def branch_started(self, branch: Branch) -> None:
+        """A task or a submitted call begins to live."""
+        with self.lock:
+            self._live.add(branch)
+
+    def branch_ended(self, branch: Branch) -> None:
+        """It will make no more calls."""
+        with self.lock:
+            self._live.discard(branch)
+            self._moved()
+
+    def _alone(self, here: Here) -> bool:
+        """Whether no other branch lives that could claim, or ask for, what this call waits for."""
+        if self._live - set(here.branch.stack()):
+            return False
+        strangers = (t for t in threading.enumerate() if t.ident not in self._threads and not t.name.startswith("kitaru-"))
+        return not any(t is not threading.current_thread() for t in strangers)
+
+    def _busy(self, here: Here) -> bool:
+        """Whether a step executes that can move: not one that only waits for a parked or held call inside it."""
+        waiting = [*self._parked.values(), *(path for _, path in self._held.values()), here.path + "/"]
+        return any(not any(path.startswith(step + "/") for path in waiting) for step in self._executing)
+
+    def _moved(self) -> None:
+        self._activity += 1
+        for waiter in self._parked:
+            waiter.set()
+
+    def halt(self, error: KitaruError) -> RunHalted:
+        """Stop every branch of the run at its next boundary; the first error stands."""
+        with self.lock:
+            self.halted = self.halted or error
+            for waiter in [*self._parked, *(waiter for waiter, _ in self._held.values())]:
+                waiter.set()
+            return RunHalted(self.halted)
+
+    def _check(self) -> None:
+        if self.halted is not None:
+            raise RunHalted(self.halted)
+
+    # --- a call ---
+
+    def call(self, call: Call, here: Here, caller: Caller) -> Steps:
+        """Replay or run a call; returns its value or raises its recorded failure.
+
+        Raises:
+            RunHalted: If the run must stop: lease lost, inputs drifted, step in doubt, store unavailable.
+        """
+        try:
+            yield from self._boundary()
+            known, scope = yield from self._resolve(call, here, caller)
+            record = known.record if known else None
+            if record is None and known is not None and known.key is not None and known.marker is None:
+                record = yield Perform(lambda: self.execution.journal.record(known.key or ""))
+            if known is not None and known.marker is not None:
+                raise self.halt(StepInDoubt(self.run_id, known.marker.display, known.marker.started_at))
+            if record is not None:
+                self.replayed += 1
+                if self.execution.on_progress:
+                    self.execution.on_progress("replayed", display_path((*here.scopes, scope)))
+                value, error = yield from self._decode(record)
+                number, key = record.number, record.object_key
+            else:
+                generation = known.generation if known else 0
+                number, key, value, error = yield from self._execute(call, here, scope, generation)
+            yield from self._my_turn(number, here, caller, value, error)
+            here.branch.last = key
+        except KitaruError as problem:  # of the machinery, not of the step: that is a value here
+            raise self.halt(problem) from problem.__cause__
+        if error is not None:
+            raise error
+        return value
+
+    def finish(self, flow: str, parameters: dict[str, Any], returns: Any, value: Any) -> Steps:
+        """Store the flow's own outcome, under the path "/"; returns it as a replay gives it.
+
+        Raises:
+            NotDurableError: If it cannot be stored.
+        """
+        yield from self._boundary()
+        inputs = digest_inputs(parameters)
+        call = Call(flow, inputs, StepOptions(), kind="flow", returns=returns)
+        scope = Scope(path="/", name=flow, ordinal=0, digest=inputs.digest, turn=("", 0), kind="flow")
+        outcome = _Outcome(encoded=(yield from self._encode(call, value, record_key(flow, "/", 0))))
+        here = Here(self.execution, Branch())
+        return (yield from self._store(call, here, scope, 0, outcome, [], ""))[2]
+
+    def _boundary(self) -> Steps:
+        self._check()
+        if self.execution.lease.lost is not None or self.execution.lease.is_stale:
+            yield Perform(self.execution.lease.check)
+
+    # --- which step is this ---
+
+    def _resolve(self, call: Call, here: Here, caller: Caller) -> Steps:
+        """The unclaimed entry this call takes, if any, and its scope."""
+        with self.lock:
+            mine = self._own_scope(call, here)
+        path, quiet = mine.path, 0
+        while True:
+            with self.lock:
+                self._check()
+                own = self.claims.get(path)
+                if own is not None and own.scope.digest == mine.digest:
+                    return self._claim(own, here), own.scope
+                equal = self.claims.equal(mine.group, mine.digest)
+                suspicious = self.claims.at_turn(mine.group, mine.turn) if own is None else [own]
+                if not equal and not suspicious:
+                    return None, self._new(mine, here)
+                alone = self._alone(here)
+                if caller.holds_loop:  # nobody else of this loop can move meanwhile
+                    if equal:
+                        return self._claim(equal[0], here), equal[0].scope
+                    if not alone and own is None:
+                        return None, self._new(mine, here)
+                if equal and (alone or quiet >= TICKS_TO_TAKE_EQUAL):
+                    return self._claim(equal[0], here), equal[0].scope
+                if not equal and (alone or own is not None or (quiet >= TICKS_TO_DRIFT and not self._busy(here))):
+                    break
+                waiter = caller.waiter()
+                self._parked[waiter] = path
+                before = self._activity
+            try:
+                yield Wait(waiter, TICK)
+            finally:
+                with self.lock:
+                    self._parked.pop(waiter, None)
+            quiet = quiet + 1 if self._activity == before else 0
+        return (yield from self._drifted(call, here, mine, suspicious[0]))
+
+    def _own_scope(self, call: Call, here: Here) -> Scope:
+        self._activity += 1
+        counts, name, digest, branch = self._scope(here.scopes), call.name, call.inputs.digest, here.branch.name
+        turn = (branch, counts.count((name, branch)))
+        key = call.key
+        if key is None:
+            path = f"{call_prefix(here.path, name, digest)}#{branch}.{counts.count((name, digest, branch))}"
+        else:
+            repeated = counts.count((name, "key", key))
+            key = f"{key}~{repeated}" if repeated else key
+            path = f"{here.path}/{name}[{key}]"
+        return Scope(path=path, name=name, ordinal=0, digest=digest, turn=turn, key=key, kind=call.kind)
+
+    def _new(self, mine: Scope, here: Here) -> Scope:
+        counts = self._scope(here.scopes)
+        ordinal = counts.lowest_free(("ordinal", mine.name)) if mine.key is None else 0
+        equal = counts.lowest_free(("equal", mine.name, mine.key, mine.digest))
+        self._moved()
+        return mine.model_copy(update={"ordinal": ordinal, "equal": equal})
+
+    def _claim(self, known: Known, here: Here) -> Known:
+        self.claims.remove(known.scope.path)
+        if here.scopes:
+            again = known.record is not None and _runs_again(known.record)
+            self._scope(here.scopes).finished.append((replace(known, record=None), again))
+        self._moved()
+        return known
+
+    def _drifted(self, call: Call, here: Here, mine: Scope, known: Known) -> Steps:
+        """A finished step is asked again with other inputs: stop, reuse it, or retire it and run anew."""
+        step = display_path((*here.scopes, known.scope))
+        choice = call.options.on_drift or self.on_drift
+        if choice == "raise":
+            changes = yield from self._changes(call, known)
+            raise self.halt(InputsDrifted(self.run_id, step, changes, recorded=(known.scope.path,)))
+        if choice == "reuse":
+            logger.warning("run %s: step %s has other inputs than recorded; its recorded outcome is reused", self.run_id, step)
+            with self.lock:
+                return self._claim(known, here), known.scope
+        paths = [known.scope.path]
+        logger.warning("run %s: step %s has other inputs than recorded; it runs anew", self.run_id, step)
+        event = RetireEvent(
+            nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, at=_now(), reason="inputs drifted",
+            reopened=tuple(Reopened(path=p, generation=known.generation + 1) for p in paths),
+        )  # fmt: skip
+        yield Perform(self.execution.lease.check)
+        yield Perform(lambda: self.execution.append_event(event))
+        with self.lock:
+            self.claims.remove(known.scope.path)
+            self._discard_number(known.number)
+            scope = self._new(mine, here)
+        if scope.path == known.scope.path:  # a keyed step runs under its own path, in the next generation
+            return replace(known, record=None, key=None, marker=None, scope=scope, generation=known.generation + 1), scope
+        return None, scope
+
+    def _changes(self, call: Call, known: Known) -> Steps:
+        """(argument, recorded value, new value) of what differs, shortened for a person."""
+        record = known.record
+        if record is None:
+            return ()
+        try:
+            stored = yield Perform(lambda: self.execution.input_trees(record))
+        except KitaruError:
+            stored = {}
+        names = [n for n in {**record.arguments, **call.inputs.arguments} if record.arguments.get(n) != call.inputs.arguments.get(n)]
+        return [(n, _short(stored.get(n, "nothing")), _short(call.inputs.trees.get(n, "nothing"))) for n in names]
+
+    # --- run it ---
+
+    def _execute(self, call: Call, here: Here, scope: Scope, generation: int) -> Steps:
+        """Run the body with its retries, number and store the outcome. Returns number, key, value, error."""
+        chain, options = (*here.scopes, scope), call.options
+        display, key = display_path(chain), record_key(scope.name, scope.path, generation)
+        if options.at_most_once:
+            marker = StartedMarker(
+                nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, scope=scope, scopes=here.scopes, generation=generation,
+                started_at=_now(),
+            )  # fmt: skip
+            theirs = yield Create(started_name(self.run_id, key), seal(marker))
+            yield Perform(self.execution.lease.check)
+            if theirs is not None:
+                other = unseal(StartedMarker, theirs, started_name(self.run_id, key))
+                raise self.halt(StepInDoubt(self.run_id, display, other.started_at))
+        idempotency_key = self._idempotency_key(chain)
+        attempts: list[Attempt] = []
+        with self.lock:
+            self._executing[scope.path] = InFlight(path=scope.path, display=display, kind=call.kind, started_at=_now())
+        if self.execution.on_progress:
+            self.execution.on_progress("running", display)
+        outcome = _Outcome()
+        try:
+            while True:
+                started = _now()
+                step = CurrentStep(scope.name, scope.path, idempotency_key, len(attempts) + 1, self.run_id, dict(options.metadata))
+                body_here = Here(self.execution, Branch(enclosing=here.branch), chain, step)
+                outcome = _Outcome(started, step)
+                try:
+                    outcome.value = yield RunBody(body_here, options.timeout)
+                except Exception as error:
+                    outcome.error, outcome.failure = error, codec.encode_failure(error)
+                    if len(attempts) < options.retries and options.is_retried(error):
+                        attempts.append(Attempt(started_at=started, ended_at=_now(), failure=outcome.failure))
+                        if self.execution.on_progress:
+                            self.execution.on_progress("retrying", display)
+                        yield Sleep(options.delay_before(len(attempts)))
+                        self._ask_again_inside(scope.path)
+                        continue
+                else:
+                    try:
+                        outcome.encoded = yield from self._encode(call, outcome.value, key)
+                    except NotDurableError as error:
+                        outcome.error, outcome.failure = error, codec.encode_failure(error)
+                break
+        finally:
+            self.execution.close_pool(scope.path)
+            with self.lock:
+                self._executing.pop(scope.path, None)
+                self._activity += 1
+        if isinstance(self.halted, LeaseLost):
+            raise RunHalted(self.halted)  # whatever else stops the run, a finished body's outcome is kept
+        return (yield from self._store(call, here, scope, generation, outcome, attempts, idempotency_key))
+
+    def _idempotency_key(self, chain: tuple[Scope, ...]) -> str:
+        # By content, not by path: a crash before the record may let another branch make the same call.
+        text = "".join(f"/{s.name}|{s.key if s.key is not None else s.digest}|{s.equal}" for s in chain)
+        return sha256(f"{self.run_id}{text}".encode()).hexdigest()[:32]
+
+    def _encode(self, call: Call, value: Any, key: str) -> Steps:
+        settings = self.execution.options
+        encoded = codec.encode_plain(value, settings.inline_limit)
+        if encoded is None:
+            folder = f"{artifact_folder(self.run_id, key)}/{secrets.token_hex(4)}"
+            encoded = yield Perform(
+                lambda: codec.encode_value(
+                    value, step=call.name, annotation=call.returns, inline_limit=settings.inline_limit, folder=lambda: folder,
+                    materializers=self.execution.materializers, allow_pickle=settings.allow_pickle,
+                )
+            )  # fmt: skip
+        if encoded.blob is not None:
+            sha, data = encoded.blob
+            yield Create(blob_name(self.run_id, sha), data)
+        return encoded
+
+    def _ask_again_inside(self, path: str) -> None:
+        """Before a retry of a body: what finished inside answers again, what failed inside is open again."""
+        with self.lock:
+            for scope_path in [p for p in self._scopes if p == path or p.startswith(path + "/")]:
+                state = self._scopes.pop(scope_path)
+                fresh = self._scopes[scope_path] = _Scope()
+                for known, again in state.finished:
+                    if again:  # the next generation is a register of its own
+                        known = replace(known, key=None, generation=known.generation + 1)
+                    self.claims.add(known)
+                    fresh.note(known.scope)
+
+    def _store(
+        self, call: Call, here: Here, scope: Scope, generation: int, outcome: _Outcome, attempts: list[Attempt], idempotency_key: str
+    ) -> Steps:
+        encoded, failure, step = outcome.encoded, outcome.failure, outcome.step
+        key = record_key(scope.name, scope.path, generation)
+        if failure is not None:
+            yield Perform(self.execution.lease.check)
+        with self.lock:
+            number, self._next_number = self._next_number, self._next_number + 1
+            heapq.heappush(self._coming, number)
+            self._storing += 1
+            inputs, known = self.references.encode(call.inputs.trees)
+        try:
+            record = StepRecord(
+                nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, path=scope.path, name=scope.name, ordinal=scope.ordinal,
+                key=scope.key, equal=scope.equal, kind=call.kind, generation=generation, number=number, digest=scope.digest,
+                turn=scope.turn, scopes=here.scopes, arguments=call.inputs.arguments, inputs=inputs, known=known,
+                opaque=call.inputs.opaque, outcome=encoded.value if encoded else None,
+                outcome_digest=_outcome_digest(encoded), failure=failure, attempts=tuple(attempts),
+                after=(here.branch.last,) if here.branch.last else (), idempotency_key=idempotency_key,
+                usage=step.usage if step else None, at_most_once=call.options.at_most_once, metadata=_plain(step.metadata if step else {}),
+                step_run=call.native(scope, key) if call.native else None, started_at=outcome.started, ended_at=_now(),
+            )  # fmt: skip
+            data = seal(record)
+            theirs = yield Create(step_name(self.run_id, key), data)
+        except BaseException:
+            with self.lock:
+                self._discard_number(number)
+            raise
+        finally:
+            with self.lock:
+                self._storing -= 1
+                self._activity += 1
+        if theirs is not None:  # lost the race: a step has one outcome, the first
+            data, record = theirs, unseal(StepRecord, theirs, step_name(self.run_id, key))
+            outcome.value, outcome.error = yield from self._decode(record)
+            with self.lock:
+                self._discard_number(number)
+            number = record.number
+            yield Perform(self.execution.lease.check)
+        elif failure is not None:
+            outcome.value, outcome.error = None, _raised(failure, outcome.error, scope.path)
+        elif encoded is not None:
+            outcome.value, outcome.error = encoded.decoded, None
+        with self.lock:
+            self.covers[key] = sealed_hash(data)
+            self.references.learn(key, record.outcome_digest, record.known)
+            self.ran += 1
+            if here.scopes:
+                entry = Known(scope, key, record.number, generation=record.generation)
+                self._scope(here.scopes).finished.append((entry, _runs_again(record)))
+            if record.failure is None or not here.scopes:  # else a retry of the step around it asks again
+                self._forget_inside(scope.path)
+        if scope.path != "/":
+            yield from self._recorded(key, display_path((*here.scopes, scope)), record)
+        return number, key, outcome.value, outcome.error
+
+    def _recorded(self, key: str, display: str, record: StepRecord) -> Steps:
+        if self.execution.on_progress:
+            self.execution.on_progress("failed" if record.failure else "finished", display)
+        if self.execution.options.lineage == "sync":
+            yield Perform(lambda: self.execution.register_now(key))
+        else:
+            self.execution.register(key)
+
+    def _forget_inside(self, path: str) -> None:
+        self._scopes.pop(path, None)
+        prefix = path + "/"
+        if any(p.startswith(prefix) for p in self._scopes):
+            for inner in [p for p in self._scopes if p.startswith(prefix)]:
+                del self._scopes[inner]
+
+    def _decode(self, record: StepRecord) -> Steps:
+        """Value and error of a record."""
+        if record.failure is not None:
+            return None, _raised(record.failure, None, record.path)
+        value = record.outcome
+        assert value is not None
+        if value.kind == "json":
+            return codec.from_tree(value.data), None
+        decode = lambda: codec.decode_value(  # noqa: E731
+            value, blob=self.execution.journal.blob, materializers=self.execution.materializers,
+            allow_pickle=self.execution.options.allow_pickle,
+        )  # fmt: skip
+        return (yield Perform(decode)), None
+
+    # --- in which order do results come ---
+
+    def _my_turn(self, number: int, here: Here, caller: Caller, value: Any, error: BaseException | None) -> Steps:
+        """Hand the result over after every result that came before it, or when nothing moves any more."""
+        with self.lock:
+            self._check()
+            if caller.holds_loop or (self._delivering is None and not self._held and number <= self._next_coming(number)):
+                caller.hand_over(value, error)
+                self._discard_number(number)
+                self._activity += 1
+                self._deliver()
+                return
+            waiter = caller.waiter()
+            self._held[number] = (waiter, here.path + "/")
+            self._deliver()
+        try:
+            quiet = 0
+            while self._delivering != number:
+                before = self._activity
+                yield Wait(waiter, TICK)
+                with self.lock:
+                    self._check()
+                    if self._delivering == number:
+                        break
+                    moves = self._storing or self._busy(here)
+                    quiet = quiet + 1 if self._activity == before and not moves else 0
+                    patience = 1 if self._alone(here) else TICKS_TO_DELIVER_OUT_OF_ORDER
+                    if self._delivering is None and quiet >= patience and number == min(self._held):
+                        while self._coming and self._coming[0] < number:  # those before it are not coming
+                            self._gone.discard(heapq.heappop(self._coming))
+                        self._deliver()
+            caller.hand_over(value, error)
+        finally:
+            with self.lock:
+                del self._held[number]
+                self._discard_number(number)
+                if self._delivering == number:
+                    self._delivering = None
+                self._activity += 1
+                self._deliver()
+
+    def _deliver(self) -> None:
+        """One at a time: the next is released when the one before has reached its caller."""
+        if self._delivering is not None or not self._held:
+            return
+        ready = min(self._held)
+        if ready <= self._next_coming(ready):
+            self._delivering = ready
+            self._held[ready][0].set()
+
+    def _next_coming(self, default: int) -> int:
+        while self._coming and self._coming[0] in self._gone:
+            self._gone.discard(heapq.heappop(self._coming))
+        return self._coming[0] if self._coming else default
+
+    def _discard_number(self, number: int) -> None:
+        if self._coming and self._coming[0] == number:
+            heapq.heappop(self._coming)
+        elif number in self._coming:
+            self._gone.add(number)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the body came to."""
+
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    step: CurrentStep | None = None
+    value: Any = None
+    encoded: codec.Encoded | None = None
+    error: BaseException | None = None
+    failure: Failure | None = None
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _runs_again(record: StepRecord) -> bool:
+    """Whether a retry of the step around it, or of the run, runs this one again."""
+    return record.failure is not None and not record.at_most_once
+
+
+def _raised(failure: Failure, original: BaseException | None, path: str) -> BaseException:
+    """The exception that reaches the code, the same live and on replay but for its traceback; it knows its step."""
+    error = codec.decode_failure(failure)
+    if original is not None:
+        error = error.with_traceback(original.__traceback__)
+    try:
+        error._kitaru_path = path  # type: ignore[attr-defined]
+    except AttributeError:
+        pass
+    return error
+
+
+def paths_on_chain(error: BaseException) -> list[str]:
+    """Paths of the recorded failures on an exception's cause, context and group chain."""
+    found: dict[str, None] = {}
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        at = todo.pop()
+        if at is None or id(at) in seen:
+            continue
+        seen.add(id(at))
+        if path := getattr(at, "_kitaru_path", None):
+            found[path] = None
+        todo += [at.__cause__, at.__context__, *(at.exceptions if isinstance(at, BaseExceptionGroup) else ())]
+    return list(found)
+
+
+def _outcome_digest(encoded: codec.Encoded | None) -> str | None:
+    """What later inputs find this outcome by; small values are not worth a reference."""
+    if encoded is None or isinstance(encoded.value, MaterializedValue) or encoded.size < REFERENCE_FROM:
+        return None
+    return digest_tree(encoded.tree)
+
+
+def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
+    opaque: list[str] = []
+    return {name: canonical(value, opaque) for name, value in metadata.items()}
+
+
+def _short(tree: Any) -> str:
+    text = tree if isinstance(tree, str) else codec.tree_text(tree)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def unasked_names(known: Iterable[Known]) -> list[str]:
+    """Names of steps, for a message."""
+    return [f"{k.scope.name}#{k.scope.ordinal}" if k.scope.key is None else f"{k.scope.name}[{k.scope.key}]" for k in known]

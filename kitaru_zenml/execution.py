@@ -1,0 +1,318 @@
+"""A run in this process: holds the lease, beats, drives the flow's body through the engine, and ends the leg.
+
+The order at the end of a leg is the order in which a crash is safe: the flow's own record, the event that closes the leg, lineage
+drained, the lease checked, the run's terminal status in ZenML, the lease released. Resume starts again wherever that stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from kitaru_zenml import codec
+from kitaru_zenml.drivers import SyncCaller, drive
+from kitaru_zenml.engine import Engine, paths_on_chain
+from kitaru_zenml.errors import EventLoopRunning, KitaruError, LeaseLost, RunHalted, StoreUnavailable
+from kitaru_zenml.futures import StepFuture
+from kitaru_zenml.identity import HERE, Branch, Here, install_task_factory
+from kitaru_zenml.inputs import resolve_inputs
+from kitaru_zenml.journal.journal import AnyEvent, Journal, Snapshot, new_nonce
+from kitaru_zenml.journal.lease import HeldLease
+from kitaru_zenml.journal.records import LegClosedEvent, StepRecord, chain_root
+from kitaru_zenml.options import FlowOptions, OnDrift
+
+if TYPE_CHECKING:
+    from kitaru_zenml.lineage.recorder import Recorder
+
+logger = logging.getLogger("kitaru_zenml")
+Progress = Callable[[str, str], None]
+
+_live: set[Execution] = set()  # what of flows runs in this process, to refuse calls that lost their run
+
+
+def any_live() -> bool:
+    """Whether a flow is running in this process."""
+    return bool(_live)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a leg ended."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+    @property
+    def superseded(self) -> bool:
+        """Whether another process has the run now, so that this one must not touch it."""
+        return isinstance(self.error, LeaseLost)
+
+
+class Execution:
+    """One leg of a run. Made by `flow`, used by whatever makes durable calls."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        lease: HeldLease,
+        snapshot: Snapshot,
+        options: FlowOptions,
+        on_drift: OnDrift,
+        recorder: Recorder | None,
+        materializers: codec.Materializers | None,
+        native: Callable[..., Any] | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self.run_id, self.journal, self.store, self.lease = journal.run_id, journal, journal.store, lease
+        self.options, self.recorder, self.materializers, self.on_progress = options, recorder, materializers, on_progress
+        self.native = native  # runs an isolated step through ZenML
+        self._events_lock = threading.Lock()
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._pools_lock = threading.Lock()
+        self._futures: set[StepFuture[Any]] = set()  # that may still fail unobserved
+        self._stopped = threading.Event()
+        self._closed_covers = {key for e in snapshot.events if isinstance(e, LegClosedEvent) for key in e.covers}
+        self._earlier = {key: sha for key, sha in snapshot.hashes.items() if key not in self._closed_covers}
+        last = snapshot.last_close
+        self._previous_root = last.root if last else ""
+        self._root_record = snapshot.current().get("/")
+        self.engine = Engine(self, snapshot, on_drift)
+
+    # --- what the engine asks of it ---
+
+    def append_event(self, event: AnyEvent) -> None:
+        """Append to the run's events."""
+        with self._events_lock:
+            self.journal.append(event)
+
+    def register(self, key: str) -> None:
+        """Let lineage know of a record, some time."""
+        if self.recorder is not None:
+            self.recorder.add(key)
+
+    def register_now(self, key: str) -> None:
+        """Let lineage know of a record before going on."""
+        if self.recorder is not None:
+            self.recorder.register_now([key])
+
+    def input_trees(self, record: StepRecord) -> dict[str, Any]:
+        """The whole inputs of a record, for a person."""
+        return input_trees(self.journal, record)
+
+    # --- running the flow ---
+
+    def run(self, function: Callable[..., Any], parameters: dict[str, Any], name: str, returns: Any) -> Ended:
+        """Run the flow's body to its end, or take its recorded result, and close the leg.
+
+        Args:
+            function: The flow's own function, sync or async.
+            parameters: Its arguments by name.
+            name: Of the flow.
+            returns: Its declared return type.
+        """
+        if inspect.iscoroutinefunction(function) and asyncio._get_running_loop() is not None:
+            raise EventLoopRunning(name, "run")
+        beats = threading.Thread(target=self._keep_lease, name=f"kitaru-lease-{self.run_id[:8]}", daemon=True)
+        beats.start()
+        _live.add(self)
+        try:
+            if self._root_record is not None:
+                return self._end(self._recorded_result(self._root_record))
+            return self._end(self._body(function, parameters, name, returns))
+        finally:
+            _live.discard(self)
+            self._stopped.set()
+            beats.join()
+
+    def _body(self, function: Callable[..., Any], parameters: dict[str, Any], name: str, returns: Any) -> Ended:
+        root = Branch()
+        here = Here(self, root)
+        self.engine.branch_started(root)
+        try:
+            value = self._run_async(function, parameters, here) if inspect.iscoroutinefunction(function) else self._run_sync(
+                function, parameters, here
+            )
+            steps = self.engine.finish(name, parameters, returns, value)
+            return Ended(drive(steps, self.store, name, lambda: None))
+        except RunHalted as halted:
+            return Ended(error=halted.error)
+        except BaseException as error:
+            if self.engine.halted is not None:  # what somebody made of it on its way up does not matter
+                return Ended(error=self.engine.halted)
+            return Ended(error=error)
+        finally:
+            self.engine.branch_ended(root)
+            self._close_pools()
+
+    def _run_sync(self, function: Callable[..., Any], parameters: dict[str, Any], here: Here) -> Any:
+        token = HERE.set(here)
+        try:
+            value = function(**parameters)
+            self._settle()
+            return value
+        finally:
+            HERE.reset(token)
+
+    def _run_async(self, function: Callable[..., Any], parameters: dict[str, Any], here: Here) -> Any:
+        async def main() -> Any:
+            install_task_factory(asyncio.get_running_loop())
+            HERE.set(here)
+            value = await function(**parameters)
+            while pending := [f for f in list(self._futures) if not f.done()]:
+                await asyncio.wait([asyncio.wrap_future(f) for f in pending])
+            self._settle()
+            return value
+
+        with asyncio.Runner() as runner:
+            return runner.run(main())
+
+    def _settle(self) -> None:
+        """Wait for submitted steps that nobody waited for; their failure is the flow's, as in ZenML."""
+        for future in list(self._futures):
+            if (error := future.unobserved_failure()) is not None:
+                raise error
+        if self.engine.halted is not None:
+            raise RunHalted(self.engine.halted)
+
+    def _recorded_result(self, record: StepRecord) -> Ended:
+        assert record.outcome is not None
+        try:
+            value = codec.decode_value(
+                record.outcome, blob=self.journal.blob, materializers=self.materializers, allow_pickle=self.options.allow_pickle
+            )
+        except KitaruError as error:
+            return Ended(error=error)
+        return Ended(value)
+
+    def _end(self, ended: Ended) -> Ended:
+        """Close the leg in the journal, unless the run is somebody else's now."""
+        try:
+            self.lease.check()
+            self._close(ended)
+        except KitaruError as error:
+            return Ended(error=error if isinstance(error, LeaseLost) or ended.error is None else ended.error)
+        return ended
+
+    def _close(self, ended: Ended) -> None:
+        covers = {**self._earlier, **self.engine.covers}
+        error = ended.error
+        failed = () if error is None else tuple(paths_on_chain(error))
+        status: Literal["completed", "failed", "stopped"]
+        status = "completed" if error is None else "failed" if isinstance(error, Exception) else "stopped"
+        self.append_event(
+            LegClosedEvent(
+                nonce=new_nonce(), run_id=self.run_id, epoch=self.lease.epoch, at=datetime.now(UTC), status=status,
+                failure=None if error is None else codec.encode_failure(error), failed_paths=failed,
+                in_flight=self.engine.in_flight(), covers=covers, previous_root=self._previous_root,
+                root=chain_root(self._previous_root, covers),
+            )
+        )  # fmt: skip
+        self._previous_root = chain_root(self._previous_root, covers)
+
+    @property
+    def root_hash(self) -> str:
+        """The root over all that closed legs cover; ZenML's run metadata holds it too."""
+        return self._previous_root
+
+    def _keep_lease(self) -> None:
+        """Beat while the leg lives, and find out when somebody has taken the run over."""
+        beat_every, next_beat = self.lease.lease.lapse_seconds / 3, 0.0
+        while True:
+            try:
+                self.lease.check()
+                if time.monotonic() >= next_beat:
+                    self.lease.beat(self.engine.in_flight())
+                    next_beat = time.monotonic() + beat_every
+            except LeaseLost as lost:
+                self.engine.halt(lost)
+                return
+            except StoreUnavailable as problem:
+                logger.warning("run %s: the lease could not be kept: %s", self.run_id, problem)
+            if self._stopped.wait(self.lease.watch_seconds):
+                return
+
+    # --- submitted calls ---
+
+    def submit(self, work: Callable[[StepFuture[Any]], None], here: Here) -> StepFuture[Any]:
+        """Run a call in a thread, as a branch of its own; `work` hands its result to the future.
+
+        The threads of a scope are its own, so that a step that submits and waits never starves the steps it waits for.
+        """
+        future: StepFuture[Any] = StepFuture()
+        branch = here.branch.child()
+        inside = Here(self, branch, here.scopes, here.step)
+        self.engine.branch_started(branch)
+
+        def run() -> None:
+            token = HERE.set(inside)
+            try:
+                work(future)
+            except BaseException as error:
+                if not future.done():
+                    future.set_exception(error)
+            finally:
+                HERE.reset(token)
+                self.engine.branch_ended(branch)
+
+        try:
+            self._pool(here.path).submit(contextvars.copy_context().run, run)
+        except RuntimeError:  # the run is ending
+            self.engine.branch_ended(branch)
+            raise
+        self.track(future)
+        return future
+
+    def track(self, future: StepFuture[Any]) -> None:
+        """The flow's end waits for this call."""
+        self._futures.add(future)
+        future.add_done_callback(self._untrack)
+
+    def _untrack(self, future: Any) -> None:
+        if future.cancelled() or future.unobserved_failure() is None:
+            self._futures.discard(future)
+
+    def _pool(self, scope: str) -> ThreadPoolExecutor:
+        with self._pools_lock:
+            pool = self._pools.get(scope)
+            if pool is None:
+                pool = self._pools[scope] = ThreadPoolExecutor(self.options.max_workers, thread_name_prefix="kitaru-step")
+            return pool
+
+    def close_pool(self, scope: str) -> None:
+        """A step's body ended: let go of the threads it submitted to."""
+        with self._pools_lock:
+            pool = self._pools.pop(scope, None)
+        if pool is not None:
+            pool.shutdown(wait=False)
+
+    def _close_pools(self) -> None:
+        with self._pools_lock:
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def input_trees(journal: Journal, record: StepRecord) -> dict[str, Any]:
+    """The whole input trees of a record, references followed."""
+    fetched: dict[str, StepRecord] = {}
+
+    def fetch(key: str) -> StepRecord:
+        if key not in fetched:
+            fetched[key] = journal.record(key)
+        return fetched[key]
+
+    def outcome(key: str) -> Any:
+        value = fetch(key).outcome
+        return None if value is None else codec.value_tree(value, journal.blob)
+
+    return resolve_inputs(record.inputs, lambda key: fetch(key).inputs, outcome)

@@ -1,0 +1,199 @@
+"""`@flow`: a ZenML dynamic pipeline whose body is a durable run.
+
+A flow object is a `DynamicPipeline` (subclass) that ZenML finds at the function's own import path, so that `zenml pipeline runs list`,
+schedules, snapshots and remote orchestrators see an ordinary pipeline. What is ours begins where ZenML calls the entrypoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, fields, replace
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+from uuid import UUID
+
+from zenml.client import Client
+from zenml.models import PipelineRunResponse
+from zenml.pipelines.dynamic.pipeline_definition import DynamicPipeline
+from zenml.pipelines.run_utils import create_placeholder_run
+
+from kitaru_zenml import leg
+from kitaru_zenml.errors import EventLoopRunning, InvalidStepName
+from kitaru_zenml.identity import check_name
+from kitaru_zenml.options import FlowOptions, OnDrift
+from kitaru_zenml.runs import EXTRA, RunHandle
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_OPTIONS = {f.name for f in fields(FlowOptions)}
+
+
+class Flow(DynamicPipeline, Generic[P, R]):
+    """A durable flow. Made by `@flow`."""
+
+    def __init__(self, *, function: Callable[P, Any], name: str, options: FlowOptions, **zenml: Any) -> None:
+        check_name(name)
+        self.options = options
+        extra = {**(zenml.pop("extra", None) or {}), EXTRA: asdict(options)}
+        super().__init__(name=name, entrypoint=function, extra=extra, **zenml)
+        self.__wrapped__ = function
+        self.__doc__ = function.__doc__
+
+    def with_options(self, *args: Any, **options: Any) -> Flow[P, R]:  # type: ignore[override]
+        """A copy of this flow with other options: those of `FlowOptions` and those of ZenML's pipelines (`run_name`, `schedule`, ...)."""
+        ours = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
+        merged = replace(self.options, **ours)
+        extra = {**self.configuration.extra, **options.pop("extra", {}), EXTRA: asdict(merged)}
+        copy: Flow[P, R] = super().with_options(*args, extra=extra, **options)  # type: ignore[assignment]
+        copy.options = merged
+        return copy
+
+    # --- start ---
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]:
+        """Run the flow on the active stack; with a local orchestrator, to its end in this process.
+
+        Returns:
+            A handle of the finished run, or of the submitted one on a remote stack.
+
+        Raises:
+            EventLoopRunning: If this thread runs an event loop; use `run_async` there.
+            Exception: What ended the run; a note on it names the run and how to continue.
+        """
+        if asyncio._get_running_loop() is not None:
+            raise EventLoopRunning(self.name, "run")
+        return self._start(lambda _: None, args, kwargs)
+
+    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]:
+        """`run` for a running event loop (a notebook, a web server): the flow runs in a thread of its own, the loop stays free."""
+        return await asyncio.to_thread(self._start, lambda _: None, args, kwargs)
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]:  # type: ignore[override]
+        """Start the flow in a thread of its own and return its handle as soon as the run exists in ZenML."""
+        started: Future[UUID] = Future()
+
+        def work() -> None:
+            try:
+                self._start(started.set_result, args, kwargs)
+            except BaseException as error:
+                if not started.done():
+                    started.set_exception(error)
+
+        threading.Thread(target=work, name=f"flow-{self.name}").start()
+        return RunHandle(started.result())
+
+    def _start(self, on_started: Callable[[UUID], None], args: Any, kwargs: Any) -> RunHandle[R]:
+        pipeline = self.copy()  # ZenML keeps a run's arguments on the pipeline object
+        pipeline.prepare(*args, **kwargs)
+        with leg.reporting(on_started) as report:
+            run = pipeline._run()
+        if report.error is not None:
+            raise report.error
+        assert run is not None
+        return RunHandle(run.id)
+
+    def _run(self) -> PipelineRunResponse | None:
+        """Where every way of starting a pipeline ends up (`flow()`, `run`, a schedule)."""
+        stack = Client().active_stack
+        if self._run_args.get("schedule") or not leg.runs_in_process(stack):
+            return super()._run()
+        snapshot = self._create_snapshot(**self._run_args)
+        run = create_placeholder_run(snapshot=snapshot)
+        assert run is not None
+        leg.run_in_process(snapshot, run, stack)
+        return run
+
+    # --- continue ---
+
+    def resume(
+        self,
+        run: str | UUID,
+        *,
+        on_drift: OnDrift | None = None,
+        takeover: bool = False,
+        retry: tuple[str, ...] = (),
+    ) -> RunHandle[R]:
+        """Continue a run of this flow that was killed, failed or paused; finished steps do not run again.
+
+        Args:
+            run: Its id, an unambiguous prefix of it, or its name.
+            on_drift: What to do when a finished step is asked again with other inputs, in this leg.
+            takeover: Supersede an executor that is alive.
+            retry: Failed steps to run again although the flow caught their failure.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            RunFinished: If it has completed.
+            RunIsLeased: If another process executes it.
+            StepInDoubt: If an at-most-once step was started and has no outcome.
+            Exception: What ended the run again.
+        """
+        if asyncio._get_running_loop() is not None:
+            raise EventLoopRunning(self.name, "resume")
+        from kitaru_zenml.resumption import resume
+
+        return resume(run, on_drift=on_drift, takeover=takeover, retry=retry)
+
+    async def resume_async(self, run: str | UUID, **options: Any) -> RunHandle[R]:
+        """`resume` for a running event loop."""
+        from kitaru_zenml.resumption import resume
+
+        return await asyncio.to_thread(resume, run, **options)
+
+    # --- ZenML's way in ---
+
+    def _call_entrypoint(self, *args: Any, **kwargs: Any) -> Any:
+        self._clear_state()
+        self._parameters = self._validate_entrypoint_args(*args, **kwargs)
+        leg.execute(self, dict(self._parameters))
+
+
+@overload
+def flow(function: Callable[P, R], /) -> Flow[P, R]: ...
+
+
+@overload
+def flow(
+    *,
+    name: str | None = None,
+    lineage: str = "async",
+    lapse_seconds: float = 30.0,
+    inline_limit: int = 64 * 1024,
+    max_workers: int = 32,
+    on_drift: OnDrift = "raise",
+    allow_pickle: bool = False,
+    **zenml: Any,
+) -> Callable[[Callable[P, R]], Flow[P, R]]: ...
+
+
+def flow(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **options: Any) -> Any:
+    """Make a function a durable flow: a ZenML dynamic pipeline that is killed at any point and resumed from any machine.
+
+    Args:
+        function: The function, when used without parentheses; sync or async, at the top level of its module.
+        name: The pipeline's name; the function's by default.
+        **options: Those of `FlowOptions`, which has the meaning, unit and default of each; and those of ZenML's `@pipeline` (`tags`,
+            `settings`, `model`, `on_failure`, ...).
+
+    Raises:
+        InvalidStepName: If the name cannot be stored.
+
+    Example:
+        @flow
+        def audit(package: str) -> str:
+            return judge(read_licence(package))
+
+        handle = audit.run("zenml")
+        print(handle.id, handle.result())
+    """
+    ours = {key: options.pop(key) for key in list(options) if key in _OPTIONS}
+
+    def decorate(function: Callable[..., Any]) -> Flow[..., Any]:
+        if not inspect.isfunction(function):
+            raise InvalidStepName(repr(function), "`@flow` takes a function")
+        return Flow(function=function, name=name or function.__name__, options=FlowOptions(**ours), **options)
+
+    return decorate if function is None else decorate(function)

@@ -1,0 +1,304 @@
+"""One leg of a run inside ZenML: takes the lease where ZenML calls the flow's entrypoint, and guards what ZenML publishes after it.
+
+ZenML's runner publishes FAILED or COMPLETED from its own finalizer, also for an executor that was superseded. So its publishing is
+fenced here: nothing is published by a process that does not hold the lease, and never before lineage is drained (ZenML takes no
+steps on an ended run). On a local orchestrator the runner is ours to make, one a run, so that runs in threads share nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from zenml.client import Client
+from zenml.execution.pipeline.dynamic.run_context import DynamicPipelineRunContext
+from zenml.execution.pipeline.dynamic.runner import DynamicPipelineRunner
+from zenml.models import PipelineRunResponse, PipelineSnapshotResponse
+from zenml.orchestrators.local.local_orchestrator import LocalOrchestrator
+from zenml.stack import Stack
+from zenml.utils import source_utils
+
+import kitaru_zenml
+from kitaru_zenml.artifact_store import open_store
+from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, WrongArtifactStore
+from kitaru_zenml.execution import Ended, Execution
+from kitaru_zenml.inputs import canonical
+from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
+from kitaru_zenml.journal.lease import HeldLease, take_lease
+from kitaru_zenml.journal.records import RetryEvent, RunInfo
+from kitaru_zenml.lineage.materializer import ZenMLMaterializers
+from kitaru_zenml.lineage.recorder import Recorder
+from kitaru_zenml.options import OnDrift
+
+if TYPE_CHECKING:
+    from kitaru_zenml.flows import Flow
+
+logger = logging.getLogger("kitaru_zenml")
+DRAIN_PATIENCE = 600.0  # seconds that the end of a leg waits for a ZenML server that is down
+
+
+@dataclass
+class Report:
+    """What the caller of `.run()` or `.resume()` learns of the leg, when it ran in this process."""
+
+    on_started: Callable[[UUID], None]
+    error: BaseException | None = None
+    handed: tuple[HeldLease, Snapshot] | None = None  # taken by resume, so that nobody comes in between
+    marks: dict[str, float] = field(default_factory=dict)
+
+
+_REPORT: ContextVar[Report | None] = ContextVar("kitaru_report", default=None)
+
+
+@contextlib.contextmanager
+def reporting(on_started: Callable[[UUID], None], handed: tuple[HeldLease, Snapshot] | None = None) -> Iterator[Report]:
+    """Collect how a leg that runs in this context ends."""
+    report = Report(on_started, handed=handed)
+    token = _REPORT.set(report)
+    try:
+        yield report
+    finally:
+        _REPORT.reset(token)
+
+
+# --- ZenML's runner, made by us where it runs in this process -------------------------------------------------------------
+
+
+def runs_in_process(stack: Stack) -> bool:
+    """Whether the stack's orchestrator runs a pipeline in the calling process."""
+    return type(stack.orchestrator) is LocalOrchestrator
+
+
+def run_in_process(snapshot: PipelineSnapshotResponse, run: PipelineRunResponse, stack: Stack) -> None:
+    """What `LocalOrchestrator.submit_dynamic_pipeline` does, with nothing shared between runs in threads of one process."""
+    orchestrator = copy.copy(stack.orchestrator)
+    orchestrator._orchestrator_run_id = run.orchestrator_run_id or str(uuid4())  # type: ignore[attr-defined]
+    orchestrator._active_snapshot = snapshot
+    _InProcessRunner(snapshot=snapshot, run=run, orchestrator=orchestrator).run_pipeline()
+
+
+class _StepRunsByName(dict[str, Any]):
+    """ZenML's runner loads every step run of a run that it continues; it needs only those of isolated steps, one at a time."""
+
+    def __init__(self, run: PipelineRunResponse) -> None:
+        super().__init__()
+        self._run = run
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            found = Client().list_run_steps(pipeline_run_id=self._run.id, name=name, exclude_retried=True, hydrate=True)
+            if not found.items:
+                return default
+            self[name] = found.items[0]
+        return self[name]
+
+
+class _ContinuedRun(PipelineRunResponse):
+    """A run whose steps are looked up one by one."""
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        return _StepRunsByName(self)
+
+
+class _InProcessRunner(DynamicPipelineRunner):
+    def _prepare_run(self, run: PipelineRunResponse | None) -> tuple[PipelineRunResponse, str]:
+        if run is None or not run.orchestrator_run_id:
+            return super()._prepare_run(run)
+        return _ContinuedRun.model_construct(**dict(run)), run.orchestrator_run_id
+
+    def _load_existing_child_runs(self) -> dict[str, Any]:
+        return {}  # our child runs are runs of their own
+
+
+# --- the leg -------------------------------------------------------------------------------------------------------------
+
+
+def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
+    """Run one leg of the flow's run that ZenML is executing.
+
+    Raises:
+        Exception: What ended the run, for ZenML to publish; nothing if this process is not, or no longer, the run's executor.
+    """
+    context = DynamicPipelineRunContext.get()
+    assert context is not None, "ZenML calls the entrypoint within a run"
+    run, runner = context.run, context.runner
+    report = _REPORT.get()
+    fence = _Fence(runner)
+    try:
+        ended = _run_leg(flow, parameters, run, runner, fence, report)
+    except (RunIsLeased, LeaseLost) as error:
+        ended = Ended(error=error)
+        fence.close()
+    if report is not None:
+        report.error = ended.error
+    if ended.error is not None and not fence.closed:
+        ended.error.add_note(
+            f"Run {run.id} of flow `{flow.name}` ended here. Look at it with `kitaru show {run.id}`, go on with `kitaru resume {run.id}`."
+        )
+        raise ended.error
+    if ended.error is not None:
+        logger.warning("%s", ended.error)
+
+
+def _run_leg(
+    flow: Flow[Any, Any],
+    parameters: dict[str, Any],
+    run: PipelineRunResponse,
+    runner: DynamicPipelineRunner,
+    fence: _Fence,
+    report: Report | None,
+) -> Ended:
+    artifact_store = runner._stack.artifact_store
+    journal = Journal(open_store(artifact_store), str(run.id))
+    handed = report.handed if report else None
+    if handed is not None and handed[0].journal.run_id == str(run.id):
+        lease, snapshot = handed
+        journal = lease.journal
+    else:
+        lease = take_lease(journal, purpose="run", lapse_seconds=flow.options.lapse_seconds, wait=True)
+        snapshot = journal.load()
+    try:
+        info = journal.begin(_run_info(flow, parameters, run, journal))
+        if info.artifact_store != journal.store.uri:
+            raise WrongArtifactStore(str(run.id), info.artifact_store, journal.store.uri)
+        recorder = Recorder(
+            run=run, store=journal.store, artifact_store_id=artifact_store.id, artifact_store_root=artifact_store.path, flow=flow.name
+        )
+        execution = Execution(
+            journal=journal, lease=lease, snapshot=snapshot, options=flow.options, on_drift=_drift_choice(snapshot, lease, flow),
+            recorder=recorder, materializers=ZenMLMaterializers(artifact_store),
+        )  # fmt: skip
+        recorder.start()
+        if snapshot.records:
+            recorder.reconcile_later(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
+        if report is not None:
+            report.on_started(run.id)
+        snapshot.records.clear()  # the engine holds what it needs until it is delivered
+        ended = execution.run(flow.__wrapped__, parameters, flow.name, inspect.signature(flow.__wrapped__).return_annotation)
+        fence.guard(execution, recorder, ended)
+        return ended
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _drift_choice(snapshot: Snapshot, lease: HeldLease, flow: Flow[Any, Any]) -> OnDrift:
+    """What the person who resumed said for this leg, else what the flow says."""
+    for event in reversed(snapshot.events):
+        if isinstance(event, RetryEvent) and event.on_drift and event.epoch >= lease.epoch - 1:
+            return event.on_drift
+    return flow.options.on_drift
+
+
+def _run_info(flow: Flow[Any, Any], parameters: dict[str, Any], run: PipelineRunResponse, journal: Journal) -> RunInfo:
+    source = flow.resolve()
+    return RunInfo(
+        nonce=new_nonce(), run_id=str(run.id), flow=flow.name, source=source.import_path, source_root=source_utils.get_source_root(),
+        inputs={name: canonical(value, []) for name, value in parameters.items()}, code=code_digest(flow.__wrapped__),
+        artifact_store=journal.store.uri, kitaru_version=kitaru_zenml.__version__, created_at=run.created.replace(tzinfo=UTC)
+        if run.created else datetime.now(UTC),
+    )  # fmt: skip
+
+
+def code_digest(function: Callable[..., Any]) -> str:
+    """Digest of the source file of a function, to tell whether the code changed between legs."""
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(function) or "").read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+class _Fence:
+    """Stands before everything that ZenML's runner publishes about the run's end."""
+
+    def __init__(self, runner: DynamicPipelineRunner) -> None:
+        self.closed = False
+        self._runner, self._publish, self._hooks = runner, runner._publish_run_status, runner._fire_terminal_run_hooks
+        self._guard: tuple[Execution, Recorder, Ended] | None = None
+        runner._publish_run_status = self._publish_run_status  # type: ignore[method-assign]
+        runner._fire_terminal_run_hooks = self._fire_terminal_run_hooks  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """This process does not hold the lease: let nothing through."""
+        self.closed = True
+
+    def guard(self, execution: Execution, recorder: Recorder, ended: Ended) -> None:
+        """The leg has ended; what follows is ZenML's finalizer."""
+        self._guard = execution, recorder, ended
+        if ended.superseded:
+            self.close()
+            recorder.close()
+
+    def _publish_run_status(self, return_value: Any = None, exception: BaseException | None = None) -> None:
+        if self.closed:
+            return
+        if self._guard is None:  # the leg never began
+            self._publish(return_value=return_value, exception=exception)
+            return
+        execution, recorder, _ = self._guard
+        try:
+            drained = recorder.drain(DRAIN_PATIENCE)
+            if drained.pending:
+                logger.error("run %s: %d steps are not in ZenML yet: %s", execution.run_id, drained.pending, drained.error)
+            execution.lease.check()
+            _patiently(lambda: _log_root(execution))
+            execution.lease.check()
+            _patiently(lambda: self._publish(return_value=return_value, exception=exception))
+        except LeaseLost as lost:
+            logger.warning("%s", lost)
+            self.close()
+            if (report := _REPORT.get()) is not None:
+                report.error = lost
+            return
+        finally:
+            recorder.close()
+            execution.lease.release()
+
+    def _fire_terminal_run_hooks(self, *args: Any, **kwargs: Any) -> None:
+        if not self.closed:
+            self._hooks(*args, **kwargs)
+
+
+def _log_root(execution: Execution) -> None:
+    from zenml import log_metadata
+
+    log_metadata({"kitaru": {"root": execution.root_hash, "epoch": execution.lease.epoch}}, run_id_name_or_prefix=execution.run_id)
+
+
+def _patiently(call: Callable[[], None]) -> None:
+    """Make a call to ZenML, again and again while it cannot be reached."""
+    deadline, delay = time.monotonic() + DRAIN_PATIENCE, 0.5
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_unreachable(error):
+                raise
+            if time.monotonic() > deadline:
+                raise KitaruError(
+                    "ZenML cannot be reached, so the run's end is not shown there yet. Every step is safe in the journal; "
+                    f"`kitaru resume` finishes it once ZenML answers: {error}"
+                ) from error
+            logger.warning("ZenML cannot be reached (%s); trying again in %.0f s", error, delay)
+            time.sleep(delay)
+            delay = min(delay * 2, 15)
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error of ZenML's client says that its server or database does not answer now."""
+    import requests
+    from sqlalchemy.exc import OperationalError
+
+    return isinstance(error, requests.ConnectionError | requests.Timeout | OperationalError | ConnectionError)
