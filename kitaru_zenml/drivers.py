@@ -19,7 +19,7 @@ from kitaru_zenml.journal.store import Store
 class _Handing:
     """The part of a caller that is the same for both: a future that learns the result before the next result is released."""
 
-    def __init__(self, future: Future[Any] | None) -> None:
+    def __init__(self, future: Future[Any] | None = None) -> None:
         self._future = future
 
     def hand_over(self, value: Any, error: BaseException | None) -> None:

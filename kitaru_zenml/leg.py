@@ -271,6 +271,10 @@ class _Fence:
             self._hooks(*args, **kwargs)
 
 
+def register_found_dead(run: PipelineRunResponse, journal: Journal, snapshot: Snapshot, lease: HeldLease) -> None:
+    """Register the failure artifact of a run whose process is gone."""
+
+
 def _log_root(execution: Execution) -> None:
     from zenml import log_metadata
 

@@ -1,0 +1,322 @@
+"""Registers records in ZenML, each once, whatever was cut short before.
+
+ZenML has no transaction over an artifact version and its step run, so each call may have happened although its reply was lost
+or its process died. What makes a repetition harmless: an artifact version is looked up by its URI before it is made again, and
+a step run by its name, whose entry in `extra` says which record it is of. On a fresh run neither is looked up: nothing can be
+there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Iterator, MutableSequence, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from pydantic_core import from_json
+from zenml.enums import ExecutionStatus
+from zenml.exceptions import EntityExistsError
+from zenml.models import ArtifactVersionFilter, StepRunFilter, StepRunResponse
+
+from kitaru_zenml.errors import CorruptRecord, KitaruError
+from kitaru_zenml.inputs import references
+from kitaru_zenml.journal.records import BlobValue, JsonValue, StepRecord, blob_name, sealed_hash, step_name, unseal
+from kitaru_zenml.journal.store import ObjectNotFound, Store
+from kitaru_zenml.lineage import html, translate
+from kitaru_zenml.lineage.translate import MARK, Place, Run
+
+if TYPE_CHECKING:
+    from zenml.zen_stores.base_zen_store import BaseZenStore
+
+logger = logging.getLogger("kitaru_zenml.lineage")
+
+PAGE = 100  # step runs a request: hydrated, each is some 20 KB in memory
+VIEW_BLOB_LIMIT = 512 * 1024  # bytes of a value that is read to be shown
+_VIEW_THREADS = 8
+
+
+class RecordGone(KitaruError):  # noqa: N818
+    """A record that was said to be stored is not there."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"The record `{key}` is not in the journal any more, so it cannot be shown in ZenML.")
+        self.key = key
+
+
+@dataclass
+class Pending:
+    """A record on its way into ZenML."""
+
+    key: str
+    record: StepRecord
+    sha256: str
+    has_view: bool = False
+    tree: Any = None
+    artifact: UUID | None = None
+    step_run: UUID | None = None
+    name: str = ""
+    artifact_in_doubt: bool = False  # a request for it may have succeeded
+    step_in_doubt: bool = False
+
+
+class Places:
+    """Record key -> `Place`, packed: a run of many thousand steps keeps one entry for each (some 200 bytes)."""
+
+    def __init__(self) -> None:
+        self._packed: dict[bytes, bytes] = {}
+
+    def get(self, key: str) -> Place | None:
+        """Where the record went, if it is in ZenML."""
+        packed = self._packed.get(_short(key))
+        if packed is None:
+            return None
+        (length,) = struct.unpack_from("<H", packed, 16)
+        step = packed[18 : 18 + length].decode("utf-8", "surrogatepass")
+        artifact = UUID(bytes=packed[:16]) if any(packed[:16]) else None
+        return Place(step, artifact, packed[18 + length :].decode("utf-8", "surrogatepass") or translate.OUTPUT)
+
+    def put(self, key: str, place: Place) -> None:
+        """Remember where a record went."""
+        step = place.step.encode("utf-8", "surrogatepass")
+        output = b"" if place.output == translate.OUTPUT else place.output.encode("utf-8", "surrogatepass")
+        artifact = place.artifact.bytes if place.artifact else bytes(16)
+        self._packed[_short(key)] = artifact + struct.pack("<H", len(step)) + step + output
+
+    def __contains__(self, key: str) -> bool:
+        return _short(key) in self._packed
+
+
+def _short(key: str) -> bytes:
+    try:
+        return bytes.fromhex(key[-20:])
+    except ValueError:
+        return key.encode("utf-8", "surrogatepass")
+
+
+class Registration:
+    """Writes records' views and makes their artifact versions and step runs. Used by one thread."""
+
+    def __init__(self, run: Run, store: Store, zen_store: BaseZenStore) -> None:
+        self.run, self.store, self.zen = run, store, zen_store
+        self.places = Places()
+
+    # --- reading ---
+
+    def load(self, keys: Sequence[str]) -> tuple[list[Pending], list[tuple[str, KitaruError]]]:
+        """Read records from the journal: those to register, and those that cannot be."""
+        names = [step_name(str(self.run.id), key) for key in keys]
+        found: list[Pending] = []
+        lost: list[tuple[str, KitaruError]] = []
+        for key, name, data in zip(keys, names, self.store.get_many(names), strict=True):
+            if data is None:
+                lost.append((key, RecordGone(key)))
+                continue
+            try:
+                found.append(Pending(key, unseal(StepRecord, data, name), sealed_hash(data)))
+            except CorruptRecord as error:
+                lost.append((key, error))
+        return [p for p in found if p.record.path != "/"], lost
+
+    def survey(self, keys: Sequence[str]) -> tuple[list[str], set[str]]:
+        """Learn what of the run is in ZenML already.
+
+        Returns:
+            The keys that are not, or not wholly, in order of delivery; and those of them that are there in part.
+        """
+        partly = set()
+        for step in self._list_steps():
+            mark = mark_of(step)
+            if mark is None:
+                continue
+            key = mark["key"]
+            if "attempt" in mark or MARK not in step.run_metadata:
+                partly.add(key)
+            else:
+                self.places.put(key, place_of(step))
+                partly.discard(key)
+        missing = [key for key in keys if key not in self.places]
+        order: dict[str, int] = {}
+        for at in range(0, len(missing), PAGE):
+            pending, lost = self.load(missing[at : at + PAGE])
+            order.update({p.key: p.record.number for p in pending})
+            order.update({key: -1 for key, _ in lost})  # so that they are reported
+        return sorted(order, key=order.__getitem__), partly
+
+    def _list_steps(self, **filters: Any) -> Iterator[StepRunResponse]:
+        page = 1
+        while True:
+            query = StepRunFilter(
+                pipeline_run_id=self.run.id, project=self.run.project, size=PAGE, page=page, sort_by="asc:created", **filters
+            )
+            found = self.zen.list_run_steps(query, hydrate=True)
+            yield from found.items
+            page += 1
+            if page > found.total_pages:
+                return
+
+    # --- registering ---
+
+    def register(self, work: MutableSequence[Pending], at_once: int) -> None:
+        """Register the first `at_once` of `work`, in their order; each leaves `work` when it is done.
+
+        Raises:
+            Exception: Whatever ZenML or a store raised. If it is about one record, that is the first one left in `work`, or any
+                of them if none has left it: their artifact versions are made by one request.
+        """
+        batch = work[:at_once]
+        self._write_views(batch)
+        self._create_artifacts(batch)
+        for pending in batch:
+            self._create_step(pending)
+            del work[0]
+
+    def _write_views(self, work: Sequence[Pending]) -> None:
+        missing = [p for p in work if not p.has_view and p.record.step_run is None]
+        if len(missing) > 1 and "://" in self.store.uri:
+            with ThreadPoolExecutor(_VIEW_THREADS, thread_name_prefix="kitaru-view") as pool:
+                list(pool.map(self._write_view, missing))
+        else:
+            for pending in missing:
+                self._write_view(pending)
+
+    def _write_view(self, pending: Pending) -> None:
+        record = pending.record
+        output = self._output_tree(record)
+        pending.tree = None if isinstance(output, html.NotAtHand) else output
+        text = html.step_view(record, output, self._name_of)
+        self.store.overwrite(translate.view_name(self.run, pending.key), text.encode("utf-8", "replace"))
+        pending.has_view = True
+
+    def _output_tree(self, record: StepRecord) -> Any:
+        value = record.outcome
+        if value is None:
+            return None
+        if isinstance(value, JsonValue):
+            return value.data
+        if isinstance(value, BlobValue):
+            if value.size > VIEW_BLOB_LIMIT:
+                return html.NotAtHand(value.size)
+            try:
+                return from_json(self.store.get(blob_name(str(self.run.id), value.sha256)))
+            except ObjectNotFound:
+                return html.NotAtHand(value.size)
+        return value.model_dump()
+
+    def _name_of(self, key: str) -> str | None:
+        place = self.places.get(key)
+        return place.step if place else None
+
+    def _create_artifacts(self, work: Sequence[Pending]) -> None:
+        missing = [p for p in work if p.artifact is None and p.record.step_run is None]
+        doubtful = [p for p in missing if p.artifact_in_doubt]
+        if doubtful:
+            self._find_artifacts(doubtful)
+            missing = [p for p in missing if p.artifact is None]
+        if not missing:
+            return
+        requests = [translate.artifact_request(self.run, p.key, p.record, p.tree) for p in missing]
+        try:
+            made = self.zen.batch_create_artifact_versions(requests)
+        except Exception:
+            for pending in missing:
+                pending.artifact_in_doubt = True
+            raise
+        for pending, version in zip(missing, made, strict=True):
+            pending.artifact = version.id
+            pending.tree = None  # it served to name the type
+
+    def _find_artifacts(self, doubtful: Sequence[Pending]) -> None:
+        for at in range(0, len(doubtful), 20):  # their URIs travel in a query string
+            uris = {translate.artifact_uri(self.run, p.key, p.record): p for p in doubtful[at : at + 20]}
+            query = ArtifactVersionFilter(
+                uri="oneof:" + json.dumps(list(uris)), project=self.run.project, size=PAGE, sort_by="desc:created"
+            )
+            for version in self.zen.list_artifact_versions(query).items:
+                uris[version.uri].artifact = version.id
+
+    def _create_step(self, pending: Pending) -> None:
+        key, record = pending.key, pending.record
+        if record.step_run is not None:
+            self.places.put(key, place_of(self.zen.get_run_step(UUID(record.step_run), hydrate=False)))
+            return
+        if pending.step_run is None:
+            pending.name = pending.name or translate.step_run_name(record)
+            if not pending.step_in_doubt and record.generation == 0:
+                try:
+                    self._create_versions(pending, pending.name, made=0, earlier=0)
+                except EntityExistsError:
+                    self._create_missing_versions(pending)
+            else:
+                self._create_missing_versions(pending)
+        assert pending.step_run is not None
+        self.zen.create_run_metadata(translate.metadata_request(self.run, pending.step_run, key, record, pending.sha256))
+        self.places.put(key, Place(pending.name, pending.artifact, translate.output_name(record)))
+
+    def _create_missing_versions(self, pending: Pending) -> None:
+        """Create what a repetition still has to, under a name that no other record has."""
+        record = pending.record
+        name = base = translate.step_run_name(record)
+        for suffix in self._suffixes(record):
+            name = translate.suffixed(base, suffix) if suffix else base
+            ours: list[StepRunResponse] = []
+            others: list[StepRunResponse] = []
+            strangers = False
+            for step in self._list_steps(name=f"equals:{name}"):
+                mark = mark_of(step) or {}
+                if mark.get("key") == pending.key:
+                    ours.append(step)
+                else:
+                    others.append(step)
+                    # A generation that succeeded and was retired keeps its name: ZenML adds no version after a success.
+                    is_earlier_generation = mark.get("path") == translate.shorten(record.path, 4000)
+                    strangers = strangers or not is_earlier_generation or step.status.is_successful
+            if ours or not strangers:
+                break
+        pending.name = name
+        for step in ours:
+            if "attempt" not in (mark_of(step) or {}):
+                pending.step_run = step.id
+                return
+        self._create_versions(pending, name, made=len(ours), earlier=len(others))
+
+    def _suffixes(self, record: StepRecord) -> list[str]:
+        generation = f"~g{record.generation}" if record.generation else ""
+        digest = f"~{_digest(record.path)}"
+        return list(dict.fromkeys(["", generation or digest, digest, digest + (generation or "~g0")]))
+
+    def _create_versions(self, pending: Pending, name: str, *, made: int, earlier: int) -> None:
+        record = pending.record
+        edges = translate.edges_of(references(record.inputs), record.after, self.places.get)
+        requests = translate.step_requests(self.run, pending.key, record, name, pending.artifact, edges, earlier=earlier)
+        pending.step_in_doubt = True
+        for request in requests[made:]:
+            created = self.zen.create_run_step(request)
+        pending.step_run = created.id
+
+
+def mark_of(step: StepRunResponse) -> dict[str, Any] | None:
+    """Which record a hydrated step run is of; `None` for one that kitaru did not register."""
+    mark = step.config.extra.get(MARK)
+    return mark if isinstance(mark, dict) and "key" in mark else None
+
+
+def place_of(step: StepRunResponse) -> Place:
+    """Where a step run's outcome is."""
+    for output, versions in sorted(step.outputs.items(), key=lambda item: item[0] != translate.OUTPUT):
+        if versions:
+            return Place(step.name, versions[0].id, output)
+    return Place(step.name, None)
+
+
+def status_of(record: StepRecord) -> ExecutionStatus:
+    """The status that a record's step run ends with."""
+    return ExecutionStatus.COMPLETED if record.failure is None else ExecutionStatus.FAILED
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:8]
