@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
@@ -25,6 +25,7 @@ from kitaru_zenml.options import OnDrift, StepOptions, as_names
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Checkpoint(Generic[P, R]):
@@ -56,10 +57,17 @@ class Checkpoint(Generic[P, R]):
             return self.__wrapped__(*args, **kwargs)
         if self._is_async:
             return self._awaited(here, AsyncCaller(), args, kwargs)  # type: ignore[return-value]
-        return self._blocking(here, SyncCaller(), args, kwargs)
+        value: R = self._blocking(here, SyncCaller(), args, kwargs)
+        return value
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)  # a method is a step, `self` an argument
+
+    @overload
+    def submit(self: Checkpoint[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> StepFuture[T]: ...
+
+    @overload
+    def submit(self: Checkpoint[P, R], *args: P.args, **kwargs: P.kwargs) -> StepFuture[R]: ...
 
     def submit(self, *args: Any, **kwargs: Any) -> StepFuture[Any]:
         """Start the step and return at once; arguments that are `StepFuture`s are waited for first.
@@ -86,17 +94,25 @@ class Checkpoint(Generic[P, R]):
 
         return here.execution.submit(work, here)
 
+    @overload
+    def map(self: Checkpoint[P, Coroutine[Any, Any, T]], *iterables: Iterable[Any], **constants: Any) -> list[StepFuture[T]]: ...
+
+    @overload
+    def map(self: Checkpoint[P, R], *iterables: Iterable[Any], **constants: Any) -> list[StepFuture[R]]: ...
+
     def map(self, *iterables: Iterable[Any], **constants: Any) -> list[StepFuture[Any]]:
         """Submit the step once for each item, as `map` would call it; keyword arguments are the same for all.
 
         Example:
             pages = [future.result() for future in fetch.map(urls, timeout=5)]
         """
-        return [self.submit(*items, **constants) for items in zip(*iterables, strict=True)]
+        submit: Callable[..., StepFuture[Any]] = self.submit
+        return [submit(*items, **constants) for items in zip(*iterables, strict=True)]
 
     def product(self, *iterables: Iterable[Any], **constants: Any) -> list[StepFuture[Any]]:
         """Submit the step for each combination of the items."""
-        return [self.submit(*items, **constants) for items in itertools.product(*iterables)]
+        submit: Callable[..., StepFuture[Any]] = self.submit
+        return [submit(*items, **constants) for items in itertools.product(*iterables)]
 
     def with_options(self, *, name: str | None = None, **options: Any) -> Checkpoint[P, R]:
         """A copy of this step with other options; see `checkpoint` for them."""
@@ -114,18 +130,28 @@ class Checkpoint(Generic[P, R]):
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         inputs = digest_inputs(bound.arguments, self.options.ignore)
-        native = here.execution.native if self.options.isolated else None
-        return Call(self.name, inputs, self.options, returns=self._return_type(), native=native)
+        return Call(self.name, inputs, self.options, returns=self._return_type())
+
+    def _body(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], Any]:
+        if not self.options.isolated:
+            return lambda: self.__wrapped__(*args, **kwargs)  # type: ignore[arg-type]
+        from kitaru_zenml.isolated import run_isolated
+
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if self._is_async:  # ZenML launches steps by blocking calls
+            return lambda: asyncio.to_thread(run_isolated, self, bound.arguments)
+        return lambda: run_isolated(self, bound.arguments)
 
     def _blocking(self, here: Here, caller: SyncCaller, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         steps = here.execution.engine.call(self._call(here, args, kwargs), here, caller)
-        return drive(steps, here.execution.store, self.name, lambda: self.__wrapped__(*args, **kwargs))
+        return drive(steps, here.execution.store, self.name, self._body(args, kwargs))
 
     async def _awaited(self, here: Here, caller: AsyncCaller, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         # Where the coroutine is awaited decides its branch, not where it was made: gather makes tasks of coroutines.
         at = HERE.get() or here
         steps = at.execution.engine.call(self._call(at, args, kwargs), at, caller)
-        return await drive_async(steps, at.execution.store, self.name, lambda: self.__wrapped__(*args, **kwargs))  # type: ignore[arg-type, return-value]
+        return await drive_async(steps, at.execution.store, self.name, self._body(args, kwargs))
 
     def _submit_task(self, here: Here, args: Sequence[Any], kwargs: dict[str, Any]) -> StepFuture[Any]:
         future: StepFuture[Any] = StepFuture()

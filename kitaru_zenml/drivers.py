@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from kitaru_zenml.engine import Create, Effect, Perform, RunBody, Sleep, Steps, Wait
+from kitaru_zenml.effects import Create, Effect, Perform, RunBody, Sleep, Steps, Wait
 from kitaru_zenml.errors import RunHalted, StepTimeout
 from kitaru_zenml.identity import HERE, Here, install_task_factory
 from kitaru_zenml.journal.store import Store
@@ -23,7 +23,7 @@ class _Handing:
         self._future = future
 
     def hand_over(self, value: Any, error: BaseException | None) -> None:
-        """See `engine.Caller`."""
+        """See `effects.Caller`."""
         if self._future is None or self._future.done():
             return
         if error is not None:
@@ -40,7 +40,7 @@ class SyncCaller(_Handing):
         self.holds_loop = asyncio._get_running_loop() is not None
 
     def waiter(self) -> threading.Event:
-        """See `engine.Caller`."""
+        """See `effects.Caller`."""
         return threading.Event()
 
 
@@ -50,7 +50,7 @@ class AsyncCaller(_Handing):
     holds_loop = False
 
     def waiter(self) -> _LoopWaiter:
-        """See `engine.Caller`."""
+        """See `effects.Caller`."""
         return _LoopWaiter(asyncio.get_running_loop())
 
 

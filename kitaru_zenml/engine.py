@@ -14,17 +14,17 @@ behind one lock of this run; nothing is shared between runs.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kitaru_zenml import codec
+from kitaru_zenml.delivery import Delivery
+from kitaru_zenml.effects import Caller, Create, Perform, RunBody, Sleep, Steps, Wait, Waiter
 from kitaru_zenml.errors import InputsDrifted, KitaruError, LeaseLost, NotDurableError, RunHalted, StepInDoubt
 from kitaru_zenml.identity import Branch, Claims, CurrentStep, Here, Known, call_prefix
 from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, digest_tree
@@ -62,70 +62,6 @@ TICKS_TO_DELIVER_OUT_OF_ORDER = 25
 TICKS_TO_DRIFT = 100
 
 
-# --- what the engine asks its driver for ----------------------------------------------------------------------------------
-
-
-class Waiter(Protocol):
-    """Something a call waits on. `set` may come from any thread."""
-
-    def set(self) -> None:
-        """Let the call go on."""
-
-
-class Caller(Protocol):
-    """How the call was made."""
-
-    holds_loop: bool  # a sync call in a thread whose event loop it blocks: no other task of that loop can move
-
-    def waiter(self) -> Waiter:
-        """A fresh waiter of this caller's kind."""
-
-    def hand_over(self, value: Any, error: BaseException | None) -> None:
-        """Give the result to whoever has a future of this call, before the next result is released."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Wait until the waiter is set or the seconds have passed."""
-
-    waiter: Waiter
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Create:
-    """Create an object; answers what `Store.create` does. Not interrupted by a cancellation."""
-
-    name: str
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Perform:
-    """Do blocking work off the event loop and answer its result."""
-
-    work: Callable[[], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class RunBody:
-    """Run the step's body there, within the timeout."""
-
-    here: Here
-    timeout: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Let the seconds pass."""
-
-    seconds: float
-
-
-Effect = Wait | Create | Perform | RunBody | Sleep
-Steps = Generator[Effect, Any, Any]
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """A durable call as asked."""
@@ -136,7 +72,6 @@ class Call:
     key: str | None = None
     kind: str = "step"
     returns: Any = Any  # the declared return type
-    native: Callable[[Scope, str], str | None] | None = None  # of an isolated step: its ZenML step run, once the body ran
 
 
 @dataclass(slots=True)
@@ -181,12 +116,9 @@ class Engine:
         self._threads = {t.ident for t in threading.enumerate()}
         self._executing: dict[str, InFlight] = {}
         self._parked: dict[Waiter, str] = {}
-        self._held: dict[int, tuple[Waiter, str]] = {}
-        self._coming: list[int] = []  # heap; numbers in _gone are skipped
-        self._gone: set[int] = set()
-        self._delivering: int | None = None
         self._storing = 0
         self._activity = 0
+        self.delivery = Delivery()
         self._load(snapshot)
 
     # --- what the journal knows ---
@@ -222,10 +154,8 @@ class Engine:
                 continue
             self.claims.add(entry)
             if entry.record is not None and not around:  # inside a failed step it is asked only if that is tried again
-                self._coming.append(entry.number)
-        heapq.heapify(self._coming)
+                self.delivery.expect(entry.number)
         self._next_number = 1 + max((r.number for r in snapshot.records.values()), default=-1)
-        self.recorded = len(self._coming)
 
     def _scope(self, scopes: tuple[Scope, ...]) -> _Scope:
         path = scopes[-1].path if scopes else ""
@@ -237,7 +167,7 @@ class Engine:
     def unclaimed(self) -> list[Known]:
         """Finished steps that the code has not asked for."""
         with self.lock:
-            return [known for known in self.claims if known.record is not None and known.number in self._coming]
+            return [known for known in self.claims if known.record is not None and self.delivery.expects(known.number)]
 
     def in_flight(self) -> tuple[InFlight, ...]:
         """The steps whose bodies are executing now."""
@@ -266,7 +196,7 @@ class Engine:
 
     def _busy(self, here: Here) -> bool:
         """Whether a step executes that can move: not one that only waits for a parked or held call inside it."""
-        waiting = [*self._parked.values(), *(path for _, path in self._held.values()), here.path + "/"]
+        waiting = [*self._parked.values(), *self.delivery.waiting_in(), here.path + "/"]
         return any(not any(path.startswith(step + "/") for path in waiting) for step in self._executing)
 
     def _moved(self) -> None:
@@ -278,7 +208,7 @@ class Engine:
         """Stop every branch of the run at its next boundary; the first error stands."""
         with self.lock:
             self.halted = self.halted or error
-            for waiter in [*self._parked, *(waiter for waiter, _ in self._held.values())]:
+            for waiter in (*self._parked, *self.delivery.waiters()):
                 waiter.set()
             return RunHalted(self.halted)
 
@@ -332,6 +262,36 @@ class Engine:
         outcome = _Outcome(encoded=(yield from self._encode(call, value, record_key(flow, "/", 0))))
         here = Here(self.execution, Branch())
         return (yield from self._store(call, here, scope, 0, outcome, [], ""))[2]
+
+    def _my_turn(self, number: int, here: Here, caller: Caller, value: Any, error: BaseException | None) -> Steps:
+        """Hand the result over after every result that came before it, or when nothing moves any more."""
+        delivery = self.delivery
+        with self.lock:
+            self._check()
+            if caller.holds_loop or delivery.is_next(number):
+                caller.hand_over(value, error)
+                self._activity += 1
+                delivery.forget(number)
+                delivery.release()
+                return
+            waiter = caller.waiter()
+            delivery.hold(number, waiter, here.path + "/")
+        try:
+            quiet = 0
+            while delivery.delivering != number:
+                before = self._activity
+                yield Wait(waiter, TICK)
+                with self.lock:
+                    self._check()
+                    moves = self._activity != before or self._storing or self._busy(here)
+                    quiet = 0 if moves else quiet + 1
+                    if quiet >= (1 if self._alone(here) else TICKS_TO_DELIVER_OUT_OF_ORDER):
+                        delivery.give_up_on_those_before(number)
+            caller.hand_over(value, error)
+        finally:
+            with self.lock:
+                self._activity += 1
+                delivery.done(number)
 
     def _boundary(self) -> Steps:
         self._check()
@@ -425,7 +385,7 @@ class Engine:
         yield Perform(lambda: self.execution.append_event(event))
         with self.lock:
             self.claims.remove(known.scope.path)
-            self._discard_number(known.number)
+            self.delivery.forget(known.number)
             scope = self._new(mine, here)
         if scope.path == known.scope.path:  # a keyed step runs under its own path, in the next generation
             return replace(known, record=None, key=None, marker=None, scope=scope, generation=known.generation + 1), scope
@@ -540,7 +500,7 @@ class Engine:
             yield Perform(self.execution.lease.check)
         with self.lock:
             number, self._next_number = self._next_number, self._next_number + 1
-            heapq.heappush(self._coming, number)
+            self.delivery.expect(number)
             self._storing += 1
             inputs, known = self.references.encode(call.inputs.trees)
         try:
@@ -552,13 +512,13 @@ class Engine:
                 outcome_digest=_outcome_digest(encoded), failure=failure, attempts=tuple(attempts),
                 after=(here.branch.last,) if here.branch.last else (), idempotency_key=idempotency_key,
                 usage=step.usage if step else None, at_most_once=call.options.at_most_once, metadata=_plain(step.metadata if step else {}),
-                step_run=call.native(scope, key) if call.native else None, started_at=outcome.started, ended_at=_now(),
+                step_run=step.step_run if step else None, started_at=outcome.started, ended_at=_now(),
             )  # fmt: skip
             data = seal(record)
             theirs = yield Create(step_name(self.run_id, key), data)
         except BaseException:
             with self.lock:
-                self._discard_number(number)
+                self.delivery.forget(number)
             raise
         finally:
             with self.lock:
@@ -568,7 +528,7 @@ class Engine:
             data, record = theirs, unseal(StepRecord, theirs, step_name(self.run_id, key))
             outcome.value, outcome.error = yield from self._decode(record)
             with self.lock:
-                self._discard_number(number)
+                self.delivery.forget(number)
             number = record.number
             yield Perform(self.execution.lease.check)
         elif failure is not None:
@@ -616,67 +576,6 @@ class Engine:
             allow_pickle=self.execution.options.allow_pickle,
         )  # fmt: skip
         return (yield Perform(decode)), None
-
-    # --- in which order do results come ---
-
-    def _my_turn(self, number: int, here: Here, caller: Caller, value: Any, error: BaseException | None) -> Steps:
-        """Hand the result over after every result that came before it, or when nothing moves any more."""
-        with self.lock:
-            self._check()
-            if caller.holds_loop or (self._delivering is None and not self._held and number <= self._next_coming(number)):
-                caller.hand_over(value, error)
-                self._discard_number(number)
-                self._activity += 1
-                self._deliver()
-                return
-            waiter = caller.waiter()
-            self._held[number] = (waiter, here.path + "/")
-            self._deliver()
-        try:
-            quiet = 0
-            while self._delivering != number:
-                before = self._activity
-                yield Wait(waiter, TICK)
-                with self.lock:
-                    self._check()
-                    if self._delivering == number:
-                        break
-                    moves = self._storing or self._busy(here)
-                    quiet = quiet + 1 if self._activity == before and not moves else 0
-                    patience = 1 if self._alone(here) else TICKS_TO_DELIVER_OUT_OF_ORDER
-                    if self._delivering is None and quiet >= patience and number == min(self._held):
-                        while self._coming and self._coming[0] < number:  # those before it are not coming
-                            self._gone.discard(heapq.heappop(self._coming))
-                        self._deliver()
-            caller.hand_over(value, error)
-        finally:
-            with self.lock:
-                del self._held[number]
-                self._discard_number(number)
-                if self._delivering == number:
-                    self._delivering = None
-                self._activity += 1
-                self._deliver()
-
-    def _deliver(self) -> None:
-        """One at a time: the next is released when the one before has reached its caller."""
-        if self._delivering is not None or not self._held:
-            return
-        ready = min(self._held)
-        if ready <= self._next_coming(ready):
-            self._delivering = ready
-            self._held[ready][0].set()
-
-    def _next_coming(self, default: int) -> int:
-        while self._coming and self._coming[0] in self._gone:
-            self._gone.discard(heapq.heappop(self._coming))
-        return self._coming[0] if self._coming else default
-
-    def _discard_number(self, number: int) -> None:
-        if self._coming and self._coming[0] == number:
-            heapq.heappop(self._coming)
-        elif number in self._coming:
-            self._gone.add(number)
 
 
 @dataclass(slots=True)
@@ -743,8 +642,3 @@ def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
 def _short(tree: Any) -> str:
     text = tree if isinstance(tree, str) else codec.tree_text(tree)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
-
-
-def unasked_names(known: Iterable[Known]) -> list[str]:
-    """Names of steps, for a message."""
-    return [f"{k.scope.name}#{k.scope.ordinal}" if k.scope.key is None else f"{k.scope.name}[{k.scope.key}]" for k in known]

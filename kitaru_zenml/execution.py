@@ -70,12 +70,10 @@ class Execution:
         on_drift: OnDrift,
         recorder: Recorder | None,
         materializers: codec.Materializers | None,
-        native: Callable[..., Any] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         self.run_id, self.journal, self.store, self.lease = journal.run_id, journal, journal.store, lease
         self.options, self.recorder, self.materializers, self.on_progress = options, recorder, materializers, on_progress
-        self.native = native  # runs an isolated step through ZenML
         self._events_lock = threading.Lock()
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._pools_lock = threading.Lock()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 from uuid import UUID
 
 from zenml.client import Client
@@ -23,7 +23,7 @@ from zenml.pipelines.run_utils import create_placeholder_run
 from kitaru_zenml import leg
 from kitaru_zenml.errors import EventLoopRunning, InvalidStepName
 from kitaru_zenml.identity import check_name
-from kitaru_zenml.options import FlowOptions, OnDrift
+from kitaru_zenml.options import FlowOptions, Lineage, OnDrift
 from kitaru_zenml.runs import EXTRA, RunHandle
 
 P = ParamSpec("P")
@@ -47,7 +47,7 @@ class Flow(DynamicPipeline, Generic[P, R]):
         ours = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
         merged = replace(self.options, **ours)
         extra = {**self.configuration.extra, **options.pop("extra", {}), EXTRA: asdict(merged)}
-        copy: Flow[P, R] = super().with_options(*args, extra=extra, **options)  # type: ignore[assignment]
+        copy: Flow[P, R] = super().with_options(*args, extra=extra, **options)
         copy.options = merged
         return copy
 
@@ -151,6 +151,20 @@ class Flow(DynamicPipeline, Generic[P, R]):
         leg.execute(self, dict(self._parameters))
 
 
+class _Decorator(Protocol):
+    """What `flow(...)` with options returns: it sees whether the function is async."""
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Flow[P, R]: ...
+
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Flow[P, R]: ...
+
+
+@overload
+def flow(function: Callable[P, Coroutine[Any, Any, R]], /) -> Flow[P, R]: ...
+
+
 @overload
 def flow(function: Callable[P, R], /) -> Flow[P, R]: ...
 
@@ -159,14 +173,14 @@ def flow(function: Callable[P, R], /) -> Flow[P, R]: ...
 def flow(
     *,
     name: str | None = None,
-    lineage: str = "async",
+    lineage: Lineage = "async",
     lapse_seconds: float = 30.0,
     inline_limit: int = 64 * 1024,
     max_workers: int = 32,
     on_drift: OnDrift = "raise",
     allow_pickle: bool = False,
     **zenml: Any,
-) -> Callable[[Callable[P, R]], Flow[P, R]]: ...
+) -> _Decorator: ...
 
 
 def flow(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **options: Any) -> Any:

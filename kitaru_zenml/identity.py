@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,7 @@ class CurrentStep:
     run_id: str
     metadata: dict[str, Any] = field(default_factory=dict)
     usage: Usage | None = None
+    step_run: str | None = None  # of an isolated step: the native ZenML step run that did it
 
     def log_usage(self, model: str, input_tokens: int = 0, output_tokens: int = 0, cost: float | None = None) -> None:
         """Say what a model call consumed; `cost` in US dollars. Several calls in one step add up."""
@@ -118,7 +119,7 @@ def install_task_factory(loop: asyncio.AbstractEventLoop) -> None:
         if inner is None:
             task: asyncio.Future[Any] = asyncio.Task(coro, loop=loop, context=context, **kwargs)
         else:
-            task = inner(loop, coro, context=context, **kwargs)  # type: ignore[arg-type]
+            task = inner(loop, coro, context=context, **kwargs)  # type: ignore[call-arg]
         if here is not None and branch is not None:
             here.execution.engine.branch_started(branch)
             task.add_done_callback(_ended(here.execution, branch), context=context)
@@ -175,7 +176,7 @@ class Claims:
     def __len__(self) -> int:
         return len(self._by_path)
 
-    def __iter__(self) -> Iterable[Known]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Known]:
         return iter(list(self._by_path.values()))
 
     def add(self, known: Known) -> None:

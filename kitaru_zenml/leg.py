@@ -278,7 +278,8 @@ def register_found_dead(run: PipelineRunResponse, journal: Journal, snapshot: Sn
 def _log_root(execution: Execution) -> None:
     from zenml import log_metadata
 
-    log_metadata({"kitaru": {"root": execution.root_hash, "epoch": execution.lease.epoch}}, run_id_name_or_prefix=execution.run_id)
+    facts: dict[Any, Any] = {"root": execution.root_hash, "epoch": execution.lease.epoch}
+    log_metadata(metadata={"kitaru": facts}, run_id_name_or_prefix=execution.run_id)
 
 
 def _patiently(call: Callable[[], None]) -> None:

@@ -234,14 +234,15 @@ def settle(run: str | UUID, step: str, *, value: Any = None, retry: bool = False
         run_id = str(found.id)
         doubtful = {m.display: m for m in in_doubt(snapshot)}
         failed = {r.display: r for r in snapshot.current().values() if r.at_most_once and r.failure is not None}
-        about = next((x for x in (*doubtful.values(), *failed.values()) if step in (x.display, _path(x))), None)
+        candidates: list[StartedMarker | StepRecord] = [*doubtful.values(), *failed.values()]
+        about = next((x for x in candidates if step in (x.display, x.scope.path)), None)
         if about is None:
             raise StepNotFound(run_id, step, sorted({*doubtful, *failed}))
         if retry:
             journal.append(
                 RetryEvent(
                     nonce=new_nonce(), run_id=run_id, epoch=lease.epoch, at=datetime.now(UTC),
-                    reopened=(Reopened(path=_path(about), generation=about.generation + 1),),
+                    reopened=(Reopened(path=about.scope.path, generation=about.generation + 1),),
                 )
             )  # fmt: skip
         elif isinstance(about, StartedMarker):
@@ -253,10 +254,6 @@ def settle(run: str | UUID, step: str, *, value: Any = None, retry: bool = False
             )
     finally:
         lease.release()
-
-
-def _path(about: StartedMarker | StepRecord) -> str:
-    return about.scope.path
 
 
 def _store_outcome(

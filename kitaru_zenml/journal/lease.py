@@ -44,7 +44,7 @@ def is_gone(holder: Holder) -> bool:
         return False
     try:
         process = psutil.Process(holder.pid)
-        return abs(process.create_time() - holder.started) > 1 or process.status() == psutil.STATUS_ZOMBIE
+        return bool(abs(process.create_time() - holder.started) > 1 or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

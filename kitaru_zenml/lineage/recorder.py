@@ -1,7 +1,7 @@
 """The recorder: a thread that tells ZenML of every finished step, behind the run, and never makes a step wait.
 
-It is fed with record keys, not values, and reads the records from the journal. It keeps their order, takes what has queued up as
-one batch, and retries for as long as ZenML does not answer; what it has not told when the process dies, `reconcile` finds on
+It is fed with record keys, not values, and reads the records from the journal. It keeps their order, takes what has queued up
+as one batch, and retries for as long as ZenML does not answer; what it has not told when the process dies, `reconcile` finds on
 resume. A record that ZenML refuses while it answers others is given up and reported, so that it does not hold up the rest.
 """
 

@@ -40,10 +40,12 @@ from kitaru_zenml.journal.records import (
     artifact_folder,
     display_name,
 )
+from kitaru_zenml.lineage.failure import VIEW as FAILURE_PAGE
 
 MARK = "kitaru"  # names our entry in a step's `extra` and its metadata
 OUTPUT = "output"
 FAILURE = "failure"
+FAILURE_MARK = "kitaru_failure"
 NAME_LIMIT = 255
 VIEW = "step.html"
 
@@ -208,8 +210,8 @@ def tree_type(tree: Any) -> Source:
 
 _STANDARD = {
     tag: Source(module=module, attribute=tag, type=SourceType.UNKNOWN)
-    for module, tags in {"datetime": ("datetime", "date", "time", "timedelta"), "uuid": ("UUID",), "decimal": ("Decimal",)}.items()
-    for tag in tags
+    for module, tags in (("datetime", "datetime date time timedelta"), ("uuid", "UUID"), ("decimal", "Decimal"))
+    for tag in tags.split()
 }
 
 
@@ -343,12 +345,18 @@ def exception_info(failure: Failure) -> ExceptionInfo:
 
 def metadata_request(run: Run, step_run: UUID, key: str, record: StepRecord, sha256: str) -> RunMetadataRequest:
     """The metadata of a step run: one entry, because ZenML commits each entry by itself."""
+    return _metadata_request(run, step_run, MetadataResourceTypes.STEP_RUN, MARK, metadata(key, record, sha256), step_run)
+
+
+def _metadata_request(
+    run: Run, of: UUID, kind: MetadataResourceTypes, name: str, value: dict[str, Any], publisher: UUID | None = None
+) -> RunMetadataRequest:
     return RunMetadataRequest(
         project=run.project,
-        resources=[RunMetadataResource(id=step_run, type=MetadataResourceTypes.STEP_RUN)],
-        values={MARK: metadata(key, record, sha256)},
-        types={MARK: MetadataTypeEnum.DICT},
-        publisher_step_id=step_run,
+        resources=[RunMetadataResource(id=of, type=kind)],
+        values={name: value},
+        types={name: MetadataTypeEnum.DICT},
+        publisher_step_id=publisher,
     )
 
 
@@ -377,3 +385,31 @@ def metadata(key: str, record: StepRecord, sha256: str) -> dict[str, Any]:
 
 def _naive(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(tzinfo=None)  # as ZenML stores times
+
+
+# --- the failure artifact ------------------------------------------------------------------------------------------------
+
+
+def failure_request(run: Run, folder: str) -> ArtifactVersionRequest:
+    """The request that registers a failure report as a version of `<flow>.failure`, which the dashboard lists."""
+    return ArtifactVersionRequest(
+        artifact_name=suffixed(run.flow, ".failure"),
+        version=None,
+        type=ArtifactType.DATA,
+        artifact_store_id=run.artifact_store_id,
+        uri=run.uri(folder),
+        materializer=Source(
+            module="kitaru_zenml.lineage.materializer", attribute="FailureMaterializer", type=SourceType.UNKNOWN
+        ),
+        data_type=Source(module="kitaru_zenml.lineage.failure", attribute="FailureReport", type=SourceType.UNKNOWN),
+        save_type=ArtifactSaveType.MANUAL,
+        project=run.project,
+        has_custom_name=True,
+        visualizations=[ArtifactVisualizationRequest(type=VisualizationType.HTML, uri=run.uri(f"{folder}/{FAILURE_PAGE}"))],
+    )
+
+
+def failure_metadata(run: Run, version: UUID, epoch: int) -> RunMetadataRequest:
+    """The run's metadata that leads to its failure report."""
+    value = {"artifact_version": str(version), "epoch": epoch}
+    return _metadata_request(run, run.id, MetadataResourceTypes.PIPELINE_RUN, FAILURE_MARK, value)
