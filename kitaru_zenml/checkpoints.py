@@ -134,7 +134,7 @@ class Checkpoint(Generic[P, R]):
 
     def _body(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], Any]:
         if not self.options.isolated:
-            return lambda: self.__wrapped__(*args, **kwargs)  # type: ignore[arg-type]
+            return lambda: self.__wrapped__(*args, **kwargs)
         from kitaru_zenml.isolated import run_isolated
 
         bound = self._signature.bind(*args, **kwargs)

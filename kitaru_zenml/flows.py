@@ -86,6 +86,7 @@ class Flow(DynamicPipeline, Generic[P, R]):
         return RunHandle(started.result())
 
     def _start(self, on_started: Callable[[UUID], None], args: Any, kwargs: Any) -> RunHandle[R]:
+        leg.warm_up()
         pipeline = self.copy()  # ZenML keeps a run's arguments on the pipeline object
         pipeline.prepare(*args, **kwargs)
         with leg.reporting(on_started) as report:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zenml import step
 from zenml.config import ResourceSettings
 from zenml.enums import StepRuntime
+from zenml.execution.pipeline.dynamic.outputs import OutputArtifact
 from zenml.execution.pipeline.dynamic.run_context import DynamicPipelineRunContext
 from zenml.utils import source_utils
 
@@ -79,6 +80,7 @@ def run_isolated(checkpoint: Checkpoint[Any, Any], arguments: dict[str, Any]) ->
         name = f"{name}~{here.step.attempt}"
     source = source_utils.resolve(checkpoint.__wrapped__, skip_validation=True).import_path
     output = context.runner.launch_step(native, id=name, args=(), kwargs={"function": source, "arguments": trees})
-    here.step.step_run = str(output.step_run_id) if hasattr(output, "step_run_id") else name
-    value = output.load() if hasattr(output, "load") else output
+    assert isinstance(output, OutputArtifact), "run_checkpoint has one output"
+    here.step.step_run = name
+    value = output.load()
     return from_tree(value["tree"]) if isinstance(value, dict) and set(value) == {"tree"} else value

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from uuid import UUID, uuid4
 from zenml.client import Client
 from zenml.execution.pipeline.dynamic.run_context import DynamicPipelineRunContext
 from zenml.execution.pipeline.dynamic.runner import DynamicPipelineRunner
+from zenml.integrations.registry import integration_registry
 from zenml.models import PipelineRunResponse, PipelineSnapshotResponse
 from zenml.orchestrators.local.local_orchestrator import LocalOrchestrator
 from zenml.stack import Stack
@@ -70,6 +72,26 @@ def reporting(on_started: Callable[[UUID], None], handed: tuple[HeldLease, Snaps
         yield report
     finally:
         _REPORT.reset(token)
+
+
+_first_use = threading.Lock()
+_is_warm = False
+
+
+def warm_up() -> None:
+    """Let ZenML fill its registries and open its store in one thread: what it does on first use is not safe in several.
+
+    Only the first flow of a process takes the lock.
+    """
+    global _is_warm
+    if _is_warm:
+        return
+    with _first_use:
+        if not _is_warm:
+            integration_registry.activate_integrations()
+            stack = Client().active_stack
+            stack.artifact_store.path  # noqa: B018  (loads the flavor)
+            _is_warm = True
 
 
 # --- ZenML's runner, made by us where it runs in this process -------------------------------------------------------------
@@ -182,7 +204,7 @@ def _run_leg(
         )  # fmt: skip
         recorder.start()
         if snapshot.records:
-            recorder.reconcile_later(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
+            recorder.reconcile(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
         if report is not None:
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered

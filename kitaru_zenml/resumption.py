@@ -63,6 +63,7 @@ def resume(
         retry: Display names or paths of failed steps to run again besides those that ended the run.
         on_wait: Told the lease and the seconds left while waiting for a dead holder's lease to lapse.
     """
+    leg.warm_up()
     found = find_run(run)
     if found.status in (ExecutionStatus.COMPLETED, ExecutionStatus.STOPPED, ExecutionStatus.CACHED):
         raise RunFinished(str(found.id), found.status.value)

@@ -88,7 +88,7 @@ def open_journal(run: PipelineRunResponse) -> Journal:
     return journal
 
 
-def result_of(snapshot: Snapshot, journal: Journal, options: FlowOptions) -> Any:
+def result_of(run: PipelineRunResponse, journal: Journal, snapshot: Snapshot) -> Any:
     """The flow's stored result.
 
     Raises:
@@ -97,10 +97,11 @@ def result_of(snapshot: Snapshot, journal: Journal, options: FlowOptions) -> Any
     """
     from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 
-    root = snapshot.current().get("/")
+    root, options = snapshot.current().get("/"), flow_options(run) or FlowOptions()
     if root is not None and root.outcome is not None:
+        materializers = ZenMLMaterializers(artifact_store_of(run))
         return codec.decode_value(
-            root.outcome, blob=journal.blob, materializers=ZenMLMaterializers(), allow_pickle=options.allow_pickle
+            root.outcome, blob=journal.blob, materializers=materializers, allow_pickle=options.allow_pickle
         )
     close = snapshot.last_close
     if close is not None and close.failure is not None:
@@ -164,5 +165,5 @@ class RunHandle(Generic[R]):
         self.wait(timeout)
         run = self.run
         journal = open_journal(run)
-        value: R = result_of(journal.load(), journal, flow_options(run) or FlowOptions())
+        value: R = result_of(run, journal, journal.load())
         return value

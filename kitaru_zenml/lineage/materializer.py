@@ -14,6 +14,7 @@ import threading
 from typing import Any, ClassVar
 
 from zenml.artifact_stores.base_artifact_store import BaseArtifactStore
+from zenml.client import Client
 from zenml.enums import ArtifactType
 from zenml.integrations.registry import integration_registry
 from zenml.materializers import DataclassMaterializer, PydanticMaterializer
@@ -109,14 +110,18 @@ def _read(artifact_store: BaseArtifactStore, name: str) -> bytes:
 
 
 class ZenMLMaterializers(Materializers):
-    """ZenML's registered materializers over one artifact store. Needs no active stack, and works on any thread.
+    """ZenML's registered materializers over one artifact store, on any thread.
 
     Args:
-        artifact_store: The run's artifact store.
+        artifact_store: The run's artifact store; the active stack's if not given.
     """
 
-    def __init__(self, artifact_store: BaseArtifactStore) -> None:
-        self._artifact_store = artifact_store
+    def __init__(self, artifact_store: BaseArtifactStore | None = None) -> None:
+        self._given = artifact_store
+
+    @property
+    def _artifact_store(self) -> BaseArtifactStore:
+        return self._given or Client().active_stack.artifact_store
 
     def save(self, value: Any, folder: str) -> MaterializedValue | None:
         """Save a value by the materializer that ZenML registers for its class.

@@ -101,8 +101,10 @@ class Recorder:
             self._queue.append(key)
             self._changed.notify_all()
 
-    def reconcile(self, keys: Sequence[str]) -> None:
+    def reconcile_later(self, keys: Sequence[str]) -> None:
         """On resume: register those records of the journal that are not in ZenML, in order of delivery. Returns at once.
+
+        What is added afterwards waits for it, so that edges to earlier steps are found.
 
         Args:
             keys: Of all records in the journal.
@@ -110,6 +112,11 @@ class Recorder:
         with self._changed:
             self._queue.append(_Survey(tuple(keys)))
             self._changed.notify_all()
+
+    def reconcile(self, keys: Sequence[str], timeout: float | None = None) -> Drained:
+        """`reconcile_later`, and wait until it is done; see `drain`."""
+        self.reconcile_later(keys)
+        return self.drain(timeout)
 
     def register_now(self, keys: Sequence[str], timeout: float | None = None) -> Drained:
         """Register stored records and wait until ZenML has them; see `drain`."""
@@ -142,7 +149,7 @@ class Recorder:
             self._changed.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=60)
+            thread.join(timeout=10)  # a request may hang; cut short, it is found on resume
 
     def _is_idle(self) -> bool:
         return (not self._queue and not self._working) or self._closing

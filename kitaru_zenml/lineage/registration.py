@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import struct
 from collections.abc import Iterator, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -189,8 +190,18 @@ class Registration:
         output = self._output_tree(record)
         pending.tree = None if isinstance(output, html.NotAtHand) else output
         text = html.step_view(record, output, self._name_of)
-        self.store.overwrite(translate.view_name(self.run, pending.key), text.encode("utf-8", "replace"))
+        self._write(translate.view_name(self.run, pending.key), text.encode("utf-8", "replace"))
         pending.has_view = True
+
+    def _write(self, name: str, data: bytes) -> None:
+        if "://" in self.store.uri:
+            self.store.overwrite(name, data)
+            return
+        # Not synced, unlike what the store writes: a view that a power cut takes is a page less, and steps wait for syncs.
+        path = f"{self.store.uri.rstrip('/')}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
 
     def _output_tree(self, record: StepRecord) -> Any:
         value = record.outcome
