@@ -95,7 +95,9 @@ class Checkpoint(Generic[P, R]):
         return here.execution.submit(work, here)
 
     @overload
-    def map(self: Checkpoint[P, Coroutine[Any, Any, T]], *iterables: Iterable[Any], **constants: Any) -> list[StepFuture[T]]: ...
+    def map(
+        self: Checkpoint[P, Coroutine[Any, Any, T]], *iterables: Iterable[Any], **constants: Any
+    ) -> list[StepFuture[T]]: ...
 
     @overload
     def map(self: Checkpoint[P, R], *iterables: Iterable[Any], **constants: Any) -> list[StepFuture[R]]: ...
@@ -291,5 +293,3 @@ def current_step() -> CurrentStep:
     if here is None or here.step is None:
         raise NotInRun("current_step")
     return here.step
-
-

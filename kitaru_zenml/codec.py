@@ -41,7 +41,7 @@ _PLAIN = frozenset({str, bool, type(None)})
 _MAX_INT = 2**63  # larger ones are tagged: not every JSON reader keeps them
 
 
-class Unencodable(Exception):  # noqa: N818
+class Unencodable(Exception):
     """A value that has no JSON form; `leaf` is the part of it that has none."""
 
     def __init__(self, leaf: Any) -> None:
@@ -126,7 +126,12 @@ def _tagged(value: Any, cls: type) -> Any:
     if isinstance(value, BaseModel):
         fields = dict(value.__dict__) | (value.__pydantic_extra__ or {})
         set_fields = sorted(value.model_fields_set)
-        return {_TAG: "model", "class": _named(value, cls), "value": {k: to_tree(v) for k, v in fields.items()}, "set": set_fields}
+        return {
+            _TAG: "model",
+            "class": _named(value, cls),
+            "value": {k: to_tree(v) for k, v in fields.items()},
+            "set": set_fields,
+        }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {_TAG: "dataclass", "class": _named(value, cls), "value": fields}
@@ -174,7 +179,9 @@ def from_tree(tree: Any) -> Any:
         return _FROM_TAG[tag](value)
     cls = find_class(tree["class"])
     if cls is None:
-        raise KitaruError(f"The stored value needs the class `{tree['class']}`, which cannot be imported here. Install its package.")
+        raise KitaruError(
+            f"The stored value needs the class `{tree['class']}`, which cannot be imported here. Install its package."
+        )
     if tag == "described":
         return TypeAdapter(cls).validate_python(value)
     if tag == "enum" and issubclass(cls, enum.Enum):
@@ -340,7 +347,13 @@ def _encode_other(
             reason = f"it cannot be pickled either: {error}"
         else:
             sha = _sha256(text)
-            return Encoded(PickledValue(sha256=sha, size=len(text), data_type=type_path(type(value))), decoded, None, len(text), (sha, text))
+            return Encoded(
+                PickledValue(sha256=sha, size=len(text), data_type=type_path(type(value))),
+                decoded,
+                None,
+                len(text),
+                (sha, text),
+            )
     raise NotDurableError(step, type_path(type(value)), reason, value)
 
 

@@ -153,8 +153,12 @@ async def drive_async(steps: Steps, store: Store, name: str, body: Callable[[], 
             try:
                 result = await _do_async(effect, store, name, body)
             except _CancelledAfter as cancelled:  # what was stored is taken in first
-                effect = steps.send(cancelled.result)
-                effect = steps.throw(asyncio.CancelledError(*cancelled.args))
+                cancel = asyncio.CancelledError(*cancelled.args)
+                try:
+                    steps.send(cancelled.result)
+                except (StopIteration, Exception):
+                    raise cancel from None
+                effect = steps.throw(cancel)
             except BaseException as error:
                 effect = steps.throw(_throwable(error))
             else:

@@ -313,6 +313,10 @@ class Engine:
                     return self._claim(own, here), own.scope
                 equal = self.claims.equal(mine.group, mine.digest)
                 suspicious = self.claims.at_turn(mine.group, mine.turn) if own is None else [own]
+                if not equal and call.options.ignore:
+                    equal = [k for k in self.claims.of(mine.group) if _equal_but_for(call.options.ignore, call, k)]
+                    if equal and (own in equal or equal[0] in suspicious):
+                        return self._claim(equal[0], here), equal[0].scope
                 if not equal and not suspicious:
                     return None, self._new(mine, here)
                 alone = self._alone(here)
@@ -400,7 +404,9 @@ class Engine:
             stored = yield Perform(lambda: self.execution.input_trees(record))
         except KitaruError:
             stored = {}
-        names = [n for n in {**record.arguments, **call.inputs.arguments} if record.arguments.get(n) != call.inputs.arguments.get(n)]
+        names = [
+            n for n in {**record.arguments, **call.inputs.arguments} if record.arguments.get(n) != call.inputs.arguments.get(n)
+        ]
         return [(n, _short(stored.get(n, "nothing")), _short(call.inputs.trees.get(n, "nothing"))) for n in names]
 
     # --- run it ---
@@ -429,7 +435,9 @@ class Engine:
         try:
             while True:
                 started = _now()
-                step = CurrentStep(scope.name, scope.path, idempotency_key, len(attempts) + 1, self.run_id, dict(options.metadata))
+                step = CurrentStep(
+                    scope.name, scope.path, idempotency_key, len(attempts) + 1, self.run_id, dict(options.metadata)
+                )
                 body_here = Here(self.execution, Branch(enclosing=here.branch), chain, step)
                 outcome = _Outcome(started, step)
                 try:
@@ -492,7 +500,14 @@ class Engine:
                     fresh.note(known.scope)
 
     def _store(
-        self, call: Call, here: Here, scope: Scope, generation: int, outcome: _Outcome, attempts: list[Attempt], idempotency_key: str
+        self,
+        call: Call,
+        here: Here,
+        scope: Scope,
+        generation: int,
+        outcome: _Outcome,
+        attempts: list[Attempt],
+        idempotency_key: str,
     ) -> Steps:
         encoded, failure, step = outcome.encoded, outcome.failure, outcome.step
         key = record_key(scope.name, scope.path, generation)
@@ -594,6 +609,13 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+def _equal_but_for(ignored: tuple[str, ...], call: Call, known: Known) -> bool:
+    """Whether a recorded call has the same inputs, leaving out arguments that are ignored by now: a remedy for drift."""
+    if known.record is None:
+        return False
+    return {n: d for n, d in known.record.arguments.items() if n not in ignored} == call.inputs.arguments
+
+
 def _runs_again(record: StepRecord) -> bool:
     """Whether a retry of the step around it, or of the run, runs this one again."""
     return record.failure is not None and not record.at_most_once
@@ -601,9 +623,12 @@ def _runs_again(record: StepRecord) -> bool:
 
 def _raised(failure: Failure, original: BaseException | None, path: str) -> BaseException:
     """The exception that reaches the code, the same live and on replay but for its traceback; it knows its step."""
-    error = codec.decode_failure(failure)
-    if original is not None:
-        error = error.with_traceback(original.__traceback__)
+    if isinstance(original, NotDurableError):  # it holds the value, which no replay can give back
+        error: BaseException = original
+    else:
+        error = codec.decode_failure(failure)
+        if original is not None:
+            error = error.with_traceback(original.__traceback__)
     try:
         error._kitaru_path = path  # type: ignore[attr-defined]
     except AttributeError:

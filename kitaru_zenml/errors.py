@@ -18,7 +18,7 @@ class KitaruError(Exception):
     """Base of every error that kitaru-zenml raises on purpose."""
 
 
-class RunHalted(BaseException):  # noqa: N818  (not an error: it carries one)
+class RunHalted(BaseException):
     """Unwinds a flow that must not go on; `error` is what the caller of the run gets."""
 
     def __init__(self, error: KitaruError) -> None:
@@ -212,7 +212,9 @@ class InvalidStepName(KitaruError):
 
 
 class NotDurableError(KitaruError):
-    """A step's value that cannot be stored; the value itself stays reachable as `value`."""
+    """A step's value that cannot be stored; the value itself stays reachable as `value` (on the first run, not on a replay)."""
+
+    value: Any = None
 
     def __init__(self, step: str, type_name: str, reason: str, value: Any = None) -> None:
         super().__init__(
@@ -226,15 +228,13 @@ class NotDurableError(KitaruError):
 class InputsDrifted(KitaruError):
     """A finished step is asked again at the same place with other inputs: the flow is not deterministic there."""
 
-    def __init__(
-        self, run_id: str, step: str, changes: Sequence[tuple[str, str, str]], recorded: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, run_id: str, step: str, changes: Sequence[tuple[str, str, str]], recorded: Sequence[str] = ()) -> None:
         shown = "; ".join(f"`{name}` was {old}, is {new}" for name, old, new in changes) or "its inputs are not those recorded"
         super().__init__(
             f"Run {run_id} asks step `{step}` with other inputs than before: {shown}. Nothing was run and nothing is lost. "
             f"Choose: `kitaru resume {run_id} --drift reuse` (the same call, a volatile input: take the recorded result), "
             f"`kitaru resume {run_id} --drift rerun` (a new call: run it, retire the old record), or declare the input volatile "
-            f"with `@checkpoint(ignore=(\"{changes[0][0] if changes else 'argument'}\",))` and resume."
+            f'with `@checkpoint(ignore=("{changes[0][0] if changes else "argument"}",))` and resume.'
         )
         self.run_id, self.step, self.changes, self.recorded = run_id, step, tuple(changes), tuple(recorded)
 

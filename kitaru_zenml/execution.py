@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from kitaru_zenml import codec
-from kitaru_zenml.drivers import SyncCaller, drive
+from kitaru_zenml.drivers import drive
 from kitaru_zenml.engine import Engine, paths_on_chain
 from kitaru_zenml.errors import EventLoopRunning, KitaruError, LeaseLost, RunHalted, StoreUnavailable
 from kitaru_zenml.futures import StepFuture
@@ -137,8 +137,10 @@ class Execution:
         here = Here(self, root)
         self.engine.branch_started(root)
         try:
-            value = self._run_async(function, parameters, here) if inspect.iscoroutinefunction(function) else self._run_sync(
-                function, parameters, here
+            value = (
+                self._run_async(function, parameters, here)
+                if inspect.iscoroutinefunction(function)
+                else self._run_sync(function, parameters, here)
             )
             steps = self.engine.finish(name, parameters, returns, value)
             return Ended(drive(steps, self.store, name, lambda: None))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kitaru_zenml.errors import InvalidStepName
 from kitaru_zenml.journal.records import Scope, StartedMarker, StepRecord, Usage
@@ -25,6 +25,7 @@ from kitaru_zenml.journal.records import Scope, StartedMarker, StepRecord, Usage
 if TYPE_CHECKING:
     from kitaru_zenml.execution import Execution
 
+K = TypeVar("K")
 _NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,100}")
 _KEY = re.compile(r"[^\x00-\x1f\[\]/]{1,100}")
 
@@ -32,7 +33,7 @@ _KEY = re.compile(r"[^\x00-\x1f\[\]/]{1,100}")
 class Branch:
     """A line of execution within a scope: the scope's own body, an asyncio task, or a submitted call."""
 
-    __slots__ = ("name", "enclosing", "last", "_made")
+    __slots__ = ("_made", "enclosing", "last", "name")
 
     def __init__(self, name: str = "", enclosing: Branch | None = None, last: str | None = None) -> None:
         self.name = name
@@ -143,9 +144,13 @@ def check_name(name: str, key: str | None = None) -> None:
         InvalidStepName: With the reason.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidStepName(str(name), "a character is not allowed" if name and len(str(name)) <= 100 else "its length is wrong")
+        raise InvalidStepName(
+            str(name), "a character is not allowed" if name and len(str(name)) <= 100 else "its length is wrong"
+        )
     if key is not None and not _KEY.fullmatch(key):
-        raise InvalidStepName(f"{name}[{key}]", "its key is empty, too long, or holds a bracket, a slash or a control character")
+        raise InvalidStepName(
+            f"{name}[{key}]", "its key is empty, too long, or holds a bracket, a slash or a control character"
+        )
 
 
 def call_prefix(scope: str, name: str, digest: str) -> str:
@@ -170,6 +175,7 @@ class Claims:
 
     def __init__(self) -> None:
         self._by_path: dict[str, Known] = {}
+        self._group: dict[str, dict[str, Known]] = {}
         self._equal: dict[tuple[str, str], dict[str, Known]] = {}
         self._turn: dict[tuple[str, tuple[str, int]], dict[str, Known]] = {}
 
@@ -183,6 +189,7 @@ class Claims:
         """Let calls claim this path."""
         scope = known.scope
         self._by_path[scope.path] = known
+        self._group.setdefault(scope.group, {})[scope.path] = known
         self._equal.setdefault((scope.group, scope.digest), {})[scope.path] = known
         self._turn.setdefault((scope.group, scope.turn), {})[scope.path] = known
 
@@ -195,16 +202,29 @@ class Claims:
         known = self._by_path.pop(path, None)
         if known is not None:
             scope = known.scope
-            for index, place in ((self._equal, (scope.group, scope.digest)), (self._turn, (scope.group, scope.turn))):
-                index[place].pop(path, None)  # type: ignore[index]
-                if not index[place]:  # type: ignore[index]
-                    del index[place]  # type: ignore[arg-type]
+            _drop(self._group, scope.group, path)
+            _drop(self._equal, (scope.group, scope.digest), path)
+            _drop(self._turn, (scope.group, scope.turn), path)
         return known
+
+    def of(self, group: str) -> list[Known]:
+        """Unclaimed steps of a group, the earliest first."""
+        return sorted(self._group.get(group, {}).values(), key=_earliest)
 
     def equal(self, group: str, digest: str) -> list[Known]:
         """Unclaimed steps of a group with the same inputs, the earliest first."""
-        return sorted(self._equal.get((group, digest), {}).values(), key=lambda k: (k.number < 0, k.number, k.scope.path))
+        return sorted(self._equal.get((group, digest), {}).values(), key=_earliest)
 
     def at_turn(self, group: str, turn: tuple[str, int]) -> list[Known]:
         """Unclaimed steps of a group that stand at the same turn of the same branch."""
         return list(self._turn.get((group, turn), {}).values())
+
+
+def _earliest(known: Known) -> tuple[bool, int, str]:
+    return (known.number < 0, known.number, known.scope.path)
+
+
+def _drop(index: dict[K, dict[str, Known]], place: K, path: str) -> None:
+    index[place].pop(path, None)
+    if not index[place]:
+        del index[place]

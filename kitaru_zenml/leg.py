@@ -196,7 +196,11 @@ def _run_leg(
         if info.artifact_store != journal.store.uri:
             raise WrongArtifactStore(str(run.id), info.artifact_store, journal.store.uri)
         recorder = Recorder(
-            run=run, store=journal.store, artifact_store_id=artifact_store.id, artifact_store_root=artifact_store.path, flow=flow.name
+            run=run,
+            store=journal.store,
+            artifact_store_id=artifact_store.id,
+            artifact_store_root=artifact_store.path,
+            flow=flow.name,
         )
         execution = Execution(
             journal=journal, lease=lease, snapshot=snapshot, options=flow.options, on_drift=_drift_choice(snapshot, lease, flow),

@@ -133,9 +133,7 @@ def _make_importable(snapshot: Snapshot) -> None:
 # --- failed steps --------------------------------------------------------------------------------------------------------
 
 
-def _reopen(
-    journal: Journal, snapshot: Snapshot, lease: HeldLease, on_drift: OnDrift | None, retry: Sequence[str]
-) -> None:
+def _reopen(journal: Journal, snapshot: Snapshot, lease: HeldLease, on_drift: OnDrift | None, retry: Sequence[str]) -> None:
     """Let the failures that ended the run, and those named, be tried again."""
     current = snapshot.current()
     failed = {path: r for path, r in current.items() if r.failure is not None}

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from kitaru_zenml.checkpoints import checkpoint
 from kitaru_zenml.errors import InputsDrifted
 from kitaru_zenml.futures import as_completed
-
 from tests.simulation import Crash, MemoryStore, run_leg
 
 latencies = random.Random(0)

@@ -60,7 +60,9 @@ class Snapshot:
     @property
     def retired(self) -> frozenset[str]:
         """Paths whose record was retired: unless they have run anew, no call claims them any more."""
-        last = {r.path: isinstance(e, RetireEvent) for e in self.events if not isinstance(e, LegClosedEvent) for r in e.reopened}
+        last = {
+            r.path: isinstance(e, RetireEvent) for e in self.events if not isinstance(e, LegClosedEvent) for r in e.reopened
+        }
         return frozenset(path for path, retired in last.items() if retired)
 
     @property
@@ -112,7 +114,9 @@ class Journal:
             JournalGap: If an event is missing.
         """
         folder = run_folder(self.run_id)
-        names = [n for n in self.store.list(folder) if re.match(r"(run\.json|(steps|started|events)/[^/]+\.json)$", n[len(folder) :])]
+        names = [
+            n for n in self.store.list(folder) if re.match(r"(run\.json|(steps|started|events)/[^/]+\.json)$", n[len(folder) :])
+        ]
         snapshot = Snapshot()
         events: dict[int, AnyEvent | None] = {}
         for name, data in zip(names, self.store.get_many(names), strict=True):

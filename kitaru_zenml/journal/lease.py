@@ -129,7 +129,9 @@ def take_lease(
     theirs = journal.store.create(name, seal(lease))
     if theirs is not None:
         winner = unseal(Lease, theirs, name)
-        raise RunIsLeased(journal.run_id, winner.epoch, str(winner.holder), winner.taken_at + timedelta(seconds=winner.lapse_seconds))
+        raise RunIsLeased(
+            journal.run_id, winner.epoch, str(winner.holder), winner.taken_at + timedelta(seconds=winner.lapse_seconds)
+        )
     return HeldLease(journal, lease)
 
 

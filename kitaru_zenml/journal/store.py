@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
-class ObjectNotFound(Exception):  # noqa: N818
+class ObjectNotFound(Exception):
     """No object has this name. An expected answer, never shown to a person."""
 
 

@@ -318,5 +318,5 @@ class _Survey:
     keys: tuple[str, ...]
 
 
-class _Closing(Exception):  # noqa: N818
+class _Closing(Exception):
     """Ends the thread's work."""

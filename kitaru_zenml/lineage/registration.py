@@ -41,7 +41,7 @@ VIEW_BLOB_LIMIT = 512 * 1024  # bytes of a value that is read to be shown
 _VIEW_THREADS = 8
 
 
-class RecordGone(KitaruError):  # noqa: N818
+class RecordGone(KitaruError):
     """A record that was said to be stored is not there."""
 
     def __init__(self, key: str) -> None:

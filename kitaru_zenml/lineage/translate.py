@@ -7,6 +7,7 @@ ZenML materializer saved is registered under that materializer and its own folde
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 from zenml.config.retry_config import StepRetryConfig
-from zenml.config.source import Source, SourceType
+from zenml.config.source import DistributionPackageSource, Source, SourceType
 from zenml.config.step_configurations import GroupInfo, InputSpec, Step, StepConfiguration, StepSpec
 from zenml.enums import ArtifactSaveType, ArtifactType, ExecutionStatus, MetadataResourceTypes, StepType, VisualizationType
 from zenml.metadata.metadata_types import MetadataTypeEnum
@@ -28,7 +29,10 @@ from zenml.models import (
     RunMetadataResource,
     StepRunRequest,
 )
+from zenml.utils import source_utils
+from zenml.utils.source_utils import NoneTypeSource
 
+from kitaru_zenml.codec import find_class
 from kitaru_zenml.journal.records import (
     Attempt,
     Failure,
@@ -60,12 +64,13 @@ class RecordedStep:
     """What ZenML names as the source of a step that kitaru ran: its code belongs to the flow, its outcome to the journal."""
 
 
-STEP_SOURCE = Source(module="kitaru_zenml.lineage.translate", attribute="RecordedStep", type=SourceType.UNKNOWN)
-MATERIALIZER_SOURCE = Source(
-    module="kitaru_zenml.lineage.materializer", attribute="RecordMaterializer", type=SourceType.UNKNOWN
-)
+def _ours(module: str, name: str) -> Source:
+    return DistributionPackageSource(module=f"kitaru_zenml.lineage.{module}", attribute=name, package_name="kitaru-zenml")
+
+
+STEP_SOURCE = _ours("translate", "RecordedStep")
+MATERIALIZER_SOURCE = _ours("materializer", "RecordMaterializer")
 _OBJECT = Source(module="builtins", attribute="object", type=SourceType.BUILTIN)
-_NONE = Source(module="types", attribute="NoneType", type=SourceType.UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def data_type(record: StepRecord, tree: Any) -> Source:
     """The class of the outcome, as ZenML names it; `object` where it has no name that ZenML could load."""
     value = record.outcome
     if value is None:
-        return Source(module=Failure.__module__, attribute=Failure.__qualname__, type=SourceType.UNKNOWN)
+        return DistributionPackageSource(module=Failure.__module__, attribute="Failure", package_name="kitaru-zenml")
     if isinstance(value, MaterializedValue | PickledValue):
         return import_source(value.data_type)
     return tree_type(value.data if isinstance(value, JsonValue) else tree)
@@ -196,23 +201,29 @@ def data_type(record: StepRecord, tree: Any) -> Source:
 
 def tree_type(tree: Any) -> Source:
     """The class that a tagged JSON tree stands for."""
-    if tree is None:
-        return _NONE
     if type(tree) is not dict or "$type" not in tree:
-        return Source(module="builtins", attribute=type(tree).__name__, type=SourceType.BUILTIN)
+        return NoneTypeSource if tree is None else _builtin("builtins", type(tree).__name__)
     if "class" in tree:
         return import_source(tree["class"])
     tag = tree["$type"]
-    if tag in ("tuple", "set", "frozenset", "bytes", "bytearray", "int", "float", "dict", "complex"):
-        return Source(module="builtins", attribute=tag, type=SourceType.BUILTIN)
-    return _STANDARD.get(tag, _OBJECT)
+    module = _MODULES.get(tag)
+    return _builtin(module, tag) if module else _OBJECT
 
 
-_STANDARD = {
-    tag: Source(module=module, attribute=tag, type=SourceType.UNKNOWN)
-    for module, tags in (("datetime", "datetime date time timedelta"), ("uuid", "UUID"), ("decimal", "Decimal"))
+_MODULES = {
+    tag: module
+    for module, tags in {
+        "builtins": "tuple set frozenset bytes bytearray int float dict complex",
+        "datetime": "datetime date time timedelta",
+        "uuid": "UUID",
+        "decimal": "Decimal",
+    }.items()
     for tag in tags.split()
 }
+
+
+def _builtin(module: str, name: str) -> Source:
+    return Source(module=module, attribute=name, type=SourceType.BUILTIN)
 
 
 def import_source(path: str) -> Source:
@@ -222,10 +233,18 @@ def import_source(path: str) -> Source:
         module, _, name = path.rpartition(".")
     if not module or not name or "." in name:
         return _OBJECT
-    if module == "builtins":
-        return _NONE if name == "NoneType" else Source(module=module, attribute=name, type=SourceType.BUILTIN)
-    # Unknown: ZenML then also looks below its source root, where a flow's own modules are.
-    return Source(module=module, attribute=name, type=SourceType.UNKNOWN)
+    try:
+        return _resolved(f"{module}:{name}")
+    except Exception:  # a class that is not there (any more), or that ZenML cannot place
+        return Source(module=module, attribute=name, type=SourceType.UNKNOWN)
+
+
+@functools.lru_cache(maxsize=512)
+def _resolved(path: str) -> Source:
+    found = find_class(path)
+    if found is None:
+        raise LookupError(path)
+    return source_utils.resolve(found)
 
 
 # --- step runs -----------------------------------------------------------------------------------------------------------
@@ -398,10 +417,8 @@ def failure_request(run: Run, folder: str) -> ArtifactVersionRequest:
         type=ArtifactType.DATA,
         artifact_store_id=run.artifact_store_id,
         uri=run.uri(folder),
-        materializer=Source(
-            module="kitaru_zenml.lineage.materializer", attribute="FailureMaterializer", type=SourceType.UNKNOWN
-        ),
-        data_type=Source(module="kitaru_zenml.lineage.failure", attribute="FailureReport", type=SourceType.UNKNOWN),
+        materializer=_ours("materializer", "FailureMaterializer"),
+        data_type=_ours("failure", "FailureReport"),
         save_type=ArtifactSaveType.MANUAL,
         project=run.project,
         has_custom_name=True,

@@ -59,8 +59,9 @@ def test_another_status_and_a_lost_artifact_are_said(scene: Scene, recorder: Rec
     keys = run_with_all_kinds(scene, recorder)
     step = scene.steps()["fetch#1"]
     Client().zen_store.update_run_step(step.id, StepRunUpdate(status=ExecutionStatus.FAILED))
-    Client().delete_artifact_version(step.outputs["output"][0].id, delete_from_artifact_store=False)
-    assert compare(records_of(scene, keys), scene.versions()) == [
+    versions = scene.versions()
+    next(version for version in versions if version.id == step.id).outputs.clear()
+    assert compare(records_of(scene, keys), versions) == [
         "`fetch#1` completed by the journal, and is failed in ZenML.",
         "`fetch#1` has no artifact version of its output in ZenML.",
     ]

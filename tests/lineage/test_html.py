@@ -108,8 +108,8 @@ def test_a_tool_call_in_an_answer_is_shown() -> None:
 
 
 def test_references_are_named_not_followed() -> None:
-    inputs = {"messages": {"$list": [["fetch-0", "/messages"], [{"role": "user", "content": "next"}]]}, "of": {"$outcome": "fetch-0"}}
-    page = check(view(record(inputs=inputs)))
+    messages = {"$list": [["fetch-0", "/messages"], [{"role": "user", "content": "next"}]]}
+    page = check(view(record(inputs={"messages": messages, "of": {"$outcome": "fetch-0"}})))
     assert "as `messages` of fetch#0" in page
     assert "output of fetch#0" in page
 
@@ -126,5 +126,6 @@ def test_large_values_are_cut_with_their_size_said() -> None:
 
 
 def test_ordinary_data_is_no_chat() -> None:
-    page = check(view(record(inputs={"rows": [{"type": "a", "value": 1}], "x": {"role": "admin"}}), [{"role": "owner", "text": "t"}]))
+    inputs = {"rows": [{"type": "a", "value": 1}], "x": {"role": "admin"}}
+    page = check(view(record(inputs=inputs), [{"role": "owner", "text": "t"}]))
     assert 'class="turn' not in page

@@ -37,7 +37,7 @@ def test_a_step_is_shown_with_its_times_parameters_and_metadata(scene: Scene, re
     assert naive(step.end_time) == naive(EPOCH + timedelta(milliseconds=500))
     assert step.config.parameters == {"city": "Ulm"}
     assert step.type == "llm_call"
-    metadata = step.run_metadata["kitaru"]
+    metadata: Any = step.run_metadata["kitaru"]
     assert metadata["path"] == "/ask@abc#.0"
     assert metadata["usage"] == {"model": "m", "input_tokens": 3, "output_tokens": 4, "cost": 0.1}
     assert len(metadata["record"]) == 64
@@ -72,9 +72,12 @@ def test_the_dashboards_graph_is_drawn_with_groups_failures_and_retries(scene: S
     failed = scene.record("pay", failure=boom(), attempts=(attempt,), inputs={"of": {"$outcome": agent}})
     recorder.register_now([inner, agent, failed])
     steps = scene.steps()
-    assert steps["agent#0/tool[call_1]"].config.group.name == "agent#0"
+    group = steps["agent#0/tool[call_1]"].config.group
+    assert group is not None
+    assert group.name == "agent#0"
     assert steps["agent#0"].config.group is None
-    dag = Client().zen_store.get_pipeline_run_dag(scene.run.id)
+    zen: Any = Client().zen_store
+    dag = zen.get_pipeline_run_dag(scene.run.id)
     names = {node.name for node in dag.nodes}
     assert {"agent#0/tool[call_1]", "agent#0", "pay#2"} <= names
 
@@ -108,6 +111,7 @@ def test_retried_attempts_are_earlier_versions_of_the_step(scene: Scene, recorde
     versions = scene.versions()
     assert [step.status for step in versions] == [ExecutionStatus.RETRIED, ExecutionStatus.RETRIED, ExecutionStatus.COMPLETED]
     assert [step.version for step in versions] == [1, 2, 3]
+    assert versions[1].exception_info
     assert versions[1].exception_info.message == "try 1"
     assert naive(versions[2].start_time) == naive(EPOCH + timedelta(seconds=2))
 
@@ -116,6 +120,7 @@ def test_a_failed_step_keeps_its_exception_and_its_failure_as_an_artifact(scene:
     recorder.register_now([scene.record(failure=boom())])
     [step] = scene.versions()
     assert step.status == ExecutionStatus.FAILED
+    assert step.exception_info
     assert step.exception_info.source == "builtins.ValueError"
     assert output_of(step, "failure").load() == boom()
 
