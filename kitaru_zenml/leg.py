@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
 from zenml.client import Client
@@ -34,14 +34,18 @@ from zenml.utils import source_utils
 import kitaru_zenml
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, WrongArtifactStore
-from kitaru_zenml.execution import Ended, Execution
+from kitaru_zenml.codec import encode_failure
+from kitaru_zenml.engine import paths_on_chain
+from kitaru_zenml.execution import Ended, Execution, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease, take_lease
 from kitaru_zenml.journal.records import RetryEvent, RunInfo
+from kitaru_zenml.lineage.failure import build_report, register_failure
 from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 from kitaru_zenml.lineage.recorder import Recorder
 from kitaru_zenml.options import OnDrift
+from kitaru_zenml.runs import artifact_store_of
 
 if TYPE_CHECKING:
     from kitaru_zenml.flows import Flow
@@ -157,7 +161,7 @@ def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
     assert context is not None, "ZenML calls the entrypoint within a run"
     run, runner = context.run, context.runner
     report = _REPORT.get()
-    fence = _Fence(runner)
+    fence = _Fence(runner, flow.name)
     try:
         ended = _run_leg(flow, parameters, run, runner, fence, report)
     except (RunIsLeased, LeaseLost) as error:
@@ -249,8 +253,8 @@ def code_digest(function: Callable[..., Any]) -> str:
 class _Fence:
     """Stands before everything that ZenML's runner publishes about the run's end."""
 
-    def __init__(self, runner: DynamicPipelineRunner) -> None:
-        self.closed = False
+    def __init__(self, runner: DynamicPipelineRunner, flow: str) -> None:
+        self.closed, self._flow = False, flow
         self._runner, self._publish, self._hooks = runner, runner._publish_run_status, runner._fire_terminal_run_hooks
         self._guard: tuple[Execution, Recorder, Ended] | None = None
         runner._publish_run_status = self._publish_run_status  # type: ignore[method-assign]
@@ -273,12 +277,15 @@ class _Fence:
         if self._guard is None:  # the leg never began
             self._publish(return_value=return_value, exception=exception)
             return
-        execution, recorder, _ = self._guard
+        execution, recorder, ended = self._guard
         try:
             drained = recorder.drain(DRAIN_PATIENCE)
             if drained.pending:
                 logger.error("run %s: %d steps are not in ZenML yet: %s", execution.run_id, drained.pending, drained.error)
             execution.lease.check()
+            if ended.error is not None:
+                epoch = execution.lease.epoch
+                report_failure(self._runner.run, self._flow, execution.journal, epoch, "raised", ended.error)
             _patiently(lambda: _log_root(execution))
             execution.lease.check()
             _patiently(lambda: self._publish(return_value=return_value, exception=exception))
@@ -297,8 +304,32 @@ class _Fence:
             self._hooks(*args, **kwargs)
 
 
-def register_found_dead(run: PipelineRunResponse, journal: Journal, snapshot: Snapshot, lease: HeldLease) -> None:
-    """Register the failure artifact of a run whose process is gone."""
+def report_failure(
+    run: PipelineRunResponse,
+    flow: str,
+    journal: Journal,
+    epoch: int,
+    ending: Literal["raised", "found dead"],
+    error: BaseException | None = None,
+) -> None:
+    """Register the failure artifact of a leg. Never in the way of what follows: the journal says the same, less handily."""
+    try:
+        beat, store = journal.beat(epoch), artifact_store_of(run)
+        report = build_report(
+            run_id=str(run.id),
+            flow=flow,
+            epoch=epoch,
+            at=datetime.now(UTC),
+            ending=ending,
+            records=journal.load().records,
+            failure=encode_failure(error) if error is not None else None,
+            in_flight=beat.in_flight if beat is not None and ending == "found dead" else (),
+            failed_paths=paths_on_chain(error) if error is not None else (),
+            inputs_of=lambda record: input_trees(journal, record),
+        )
+        register_failure(report, run=run, store=journal.store, artifact_store_id=store.id, artifact_store_root=store.path)
+    except Exception as problem:
+        logger.warning("run %s: its failure artifact could not be registered: %s", run.id, problem)
 
 
 def _log_root(execution: Execution) -> None:

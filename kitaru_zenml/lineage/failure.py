@@ -189,10 +189,6 @@ def _commands(run_id: str, step: str | None, failed: bool) -> tuple[Command, ...
         which = "the failed step" if failed else "the last finished step"
         commands += [
             Command(want=f"see {which}", command=f"kitaru step {run_id} {shlex.quote(step)}"),
-            Command(
-                want=f"say what {which} should have returned, and run what follows in a new run",
-                command=f"kitaru replay {run_id} --override {shlex.quote(step + '=VALUE')}",
-            ),
         ]
     return tuple(commands)
 

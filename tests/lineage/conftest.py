@@ -18,9 +18,9 @@ os.environ.setdefault("ZENML_ENABLE_REPO_INIT_WARNINGS", "false")
 import pytest
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
-from zenml.execution.pipeline.dynamic.runner import create_placeholder_run
 from zenml.models import ArtifactVersionResponse, PipelineRunResponse, PipelineRunUpdate, StepRunFilter, StepRunResponse
 from zenml.pipelines.dynamic.pipeline_definition import DynamicPipeline
+from zenml.pipelines.run_utils import create_placeholder_run
 
 from kitaru_zenml.journal.local import LocalStore
 from kitaru_zenml.journal.records import Failure, JsonValue, StepRecord, record_key, seal, step_name
