@@ -248,7 +248,7 @@ class Encoded:
     value: Value
     decoded: Any
     tree: Any = None  # of JSON values, for digests
-    size: int = 0  # bytes of its JSON
+    text: bytes = b""  # its JSON
     blob: tuple[str, bytes] | None = None
 
 
@@ -271,7 +271,7 @@ def encode_plain(value: Any, inline_limit: int) -> Encoded | None:
     """Encode a value that has a JSON form; `None` for any other, which `encode_value` stores with I/O."""
     try:
         return _encode_tree(to_tree(value), inline_limit)
-    except (Unencodable, RecursionError):
+    except (Unencodable, RecursionError, PydanticSerializationError):
         return None
 
 
@@ -308,12 +308,12 @@ def encode_value(
 
 
 def _encode_tree(tree: Any, inline_limit: int) -> Encoded:
-    text = _json(tree)
-    decoded = from_tree(from_json(text, cache_strings="keys"))
+    text = to_json(tree, inf_nan_mode="constants")
+    decoded = from_tree(tree)  # every leaf of a tree is what JSON gives back
     if len(text) <= inline_limit:
-        return Encoded(JsonValue(data=tree), decoded, tree, len(text))
+        return Encoded(JsonValue(data=tree), decoded, tree, text)
     sha = _sha256(text)
-    return Encoded(BlobValue(sha256=sha, size=len(text)), decoded, tree, len(text), (sha, text))
+    return Encoded(BlobValue(sha256=sha, size=len(text)), decoded, tree, text, (sha, text))
 
 
 def _encode_other(
@@ -351,7 +351,7 @@ def _encode_other(
                 PickledValue(sha256=sha, size=len(text), data_type=type_path(type(value))),
                 decoded,
                 None,
-                len(text),
+                b"",
                 (sha, text),
             )
     raise NotDurableError(step, type_path(type(value)), reason, value)
@@ -423,11 +423,7 @@ def value_tree(value: Value, blob: Callable[[str], bytes]) -> Any:
 
 def tree_text(tree: Any) -> str:
     """A tree as JSON text, for a person."""
-    return _json(tree).decode("utf-8", "replace")
-
-
-def _json(tree: Any) -> bytes:
-    return to_json(tree, inf_nan_mode="constants")
+    return to_json(tree, inf_nan_mode="constants").decode("utf-8", "replace")
 
 
 def _sha256(data: bytes) -> str:

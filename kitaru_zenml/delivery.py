@@ -11,36 +11,38 @@ from collections.abc import Iterable
 
 from kitaru_zenml.effects import Waiter
 
+Rank = tuple[int, str]  # number and path: records of superseded legs may share a number
+
 
 class Delivery:
     """The results of one leg on their way to the code."""
 
     def __init__(self) -> None:
-        self.delivering: int | None = None  # released, and has not reached its caller yet
-        self._held: dict[int, tuple[Waiter, str]] = {}
-        self._coming: list[int] = []  # a heap
-        self._expected: set[int] = set()  # what of it counts
+        self.delivering: Rank | None = None  # released, and has not reached its caller yet
+        self._held: dict[Rank, tuple[Waiter, str]] = {}
+        self._coming: list[Rank] = []  # a heap
+        self._expected: set[Rank] = set()  # what of it counts
 
-    def expect(self, number: int) -> None:
-        """A result with this number is coming."""
-        self._expected.add(number)
-        heapq.heappush(self._coming, number)
+    def expect(self, rank: Rank) -> None:
+        """A result of this rank is coming."""
+        self._expected.add(rank)
+        heapq.heappush(self._coming, rank)
 
-    def expects(self, number: int) -> bool:
+    def expects(self, rank: Rank) -> bool:
         """Whether it is still coming."""
-        return number in self._expected
+        return rank in self._expected
 
-    def forget(self, number: int) -> None:
+    def forget(self, rank: Rank) -> None:
         """It has been handed over, or never will be."""
-        self._expected.discard(number)
+        self._expected.discard(rank)
 
-    def is_next(self, number: int) -> bool:
+    def is_next(self, rank: Rank) -> bool:
         """Whether a result may go on at once, without being held."""
-        return self.delivering is None and not self._held and number <= self._first_coming(number)
+        return self.delivering is None and not self._held and rank <= self._first_coming(rank)
 
-    def hold(self, number: int, waiter: Waiter, scope: str) -> None:
+    def hold(self, rank: Rank, waiter: Waiter, scope: str) -> None:
         """Keep a result until its turn; `scope` is where its caller waits."""
-        self._held[number] = (waiter, scope)
+        self._held[rank] = (waiter, scope)
         self.release()
 
     def release(self) -> None:
@@ -51,18 +53,18 @@ class Delivery:
                 self.delivering = ready
                 self._held[ready][0].set()
 
-    def give_up_on_those_before(self, number: int) -> None:
+    def give_up_on_those_before(self, rank: Rank) -> None:
         """Nothing moves any more: if this one is the first held, those before it are not coming."""
-        if self.delivering is None and number == min(self._held):
-            while self._coming and self._coming[0] < number:
+        if self.delivering is None and rank == min(self._held):
+            while self._coming and self._coming[0] < rank:
                 self._expected.discard(heapq.heappop(self._coming))
             self.release()
 
-    def done(self, number: int) -> None:
+    def done(self, rank: Rank) -> None:
         """A held result has reached its caller, or its caller is gone."""
-        del self._held[number]
-        self.forget(number)
-        if self.delivering == number:
+        del self._held[rank]
+        self.forget(rank)
+        if self.delivering == rank:
             self.delivering = None
         self.release()
 
@@ -74,7 +76,7 @@ class Delivery:
         """Scopes in which somebody waits for a turn."""
         return [scope for _, scope in self._held.values()]
 
-    def _first_coming(self, default: int) -> int:
+    def _first_coming(self, default: Rank) -> Rank:
         while self._coming and self._coming[0] not in self._expected:
             heapq.heappop(self._coming)
         return self._coming[0] if self._coming else default

@@ -23,22 +23,23 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from kitaru_zenml import codec
-from kitaru_zenml.delivery import Delivery
+from kitaru_zenml.delivery import Delivery, Rank
 from kitaru_zenml.effects import Caller, Create, Perform, RunBody, Sleep, Steps, Wait, Waiter
 from kitaru_zenml.errors import InputsDrifted, KitaruError, LeaseLost, NotDurableError, RunHalted, StepInDoubt
 from kitaru_zenml.identity import Branch, Claims, CurrentStep, Here, Known, call_prefix
-from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, digest_tree
+from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, reference_digest
 from kitaru_zenml.journal.journal import Snapshot, new_nonce
 from kitaru_zenml.journal.records import (
     Attempt,
     Failure,
     InFlight,
-    MaterializedValue,
+    JsonValue,
     Reopened,
     RetireEvent,
     Scope,
     StartedMarker,
     StepRecord,
+    Value,
     artifact_folder,
     blob_name,
     display_path,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kitaru_zenml")
 
+SPLICE_FROM = 4096  # bytes
 TICK = 0.02  # seconds without an engine call, while other branches live
 TICKS_TO_TAKE_EQUAL = 2
 TICKS_TO_DELIVER_OUT_OF_ORDER = 25
@@ -154,7 +156,7 @@ class Engine:
                 continue
             self.claims.add(entry)
             if entry.record is not None and not around:  # inside a failed step it is asked only if that is tried again
-                self.delivery.expect(entry.number)
+                self.delivery.expect(entry.rank)
         self._next_number = 1 + max((r.number for r in snapshot.records.values()), default=-1)
 
     def _scope(self, scopes: tuple[Scope, ...]) -> _Scope:
@@ -167,7 +169,7 @@ class Engine:
     def unclaimed(self) -> list[Known]:
         """Finished steps that the code has not asked for."""
         with self.lock:
-            return [known for known in self.claims if known.record is not None and self.delivery.expects(known.number)]
+            return [known for known in self.claims if known.record is not None and self.delivery.expects(known.rank)]
 
     def in_flight(self) -> tuple[InFlight, ...]:
         """The steps whose bodies are executing now."""
@@ -237,11 +239,11 @@ class Engine:
                 if self.execution.on_progress:
                     self.execution.on_progress("replayed", display_path((*here.scopes, scope)))
                 value, error = yield from self._decode(record)
-                number, key = record.number, record.object_key
+                rank, key = (record.number, record.path), record.object_key
             else:
                 generation = known.generation if known else 0
-                number, key, value, error = yield from self._execute(call, here, scope, generation)
-            yield from self._my_turn(number, here, caller, value, error)
+                rank, key, value, error = yield from self._execute(call, here, scope, generation)
+            yield from self._my_turn(rank, here, caller, value, error)
             here.branch.last = key
         except KitaruError as problem:  # of the machinery, not of the step: that is a value here
             raise self.halt(problem) from problem.__cause__
@@ -261,24 +263,27 @@ class Engine:
         scope = Scope(path="/", name=flow, ordinal=0, digest=inputs.digest, turn=("", 0), kind="flow")
         outcome = _Outcome(encoded=(yield from self._encode(call, value, record_key(flow, "/", 0))))
         here = Here(self.execution, Branch())
-        return (yield from self._store(call, here, scope, 0, outcome, [], ""))[2]
+        rank, _, stored, _ = yield from self._store(call, here, scope, 0, outcome, [], "")
+        with self.lock:
+            self.delivery.forget(rank)
+        return stored
 
-    def _my_turn(self, number: int, here: Here, caller: Caller, value: Any, error: BaseException | None) -> Steps:
+    def _my_turn(self, rank: Rank, here: Here, caller: Caller, value: Any, error: BaseException | None) -> Steps:
         """Hand the result over after every result that came before it, or when nothing moves any more."""
         delivery = self.delivery
         with self.lock:
             self._check()
-            if caller.holds_loop or delivery.is_next(number):
+            if caller.holds_loop or delivery.is_next(rank):
                 caller.hand_over(value, error)
                 self._activity += 1
-                delivery.forget(number)
+                delivery.forget(rank)
                 delivery.release()
                 return
             waiter = caller.waiter()
-            delivery.hold(number, waiter, here.path + "/")
+            delivery.hold(rank, waiter, here.path + "/")
         try:
             quiet = 0
-            while delivery.delivering != number:
+            while delivery.delivering != rank:
                 before = self._activity
                 yield Wait(waiter, TICK)
                 with self.lock:
@@ -286,12 +291,12 @@ class Engine:
                     moves = self._activity != before or self._storing or self._busy(here)
                     quiet = 0 if moves else quiet + 1
                     if quiet >= (1 if self._alone(here) else TICKS_TO_DELIVER_OUT_OF_ORDER):
-                        delivery.give_up_on_those_before(number)
+                        delivery.give_up_on_those_before(rank)
             caller.hand_over(value, error)
         finally:
             with self.lock:
                 self._activity += 1
-                delivery.done(number)
+                delivery.done(rank)
 
     def _boundary(self) -> Steps:
         self._check()
@@ -389,7 +394,7 @@ class Engine:
         yield Perform(lambda: self.execution.append_event(event))
         with self.lock:
             self.claims.remove(known.scope.path)
-            self.delivery.forget(known.number)
+            self.delivery.forget(known.rank)
             scope = self._new(mine, here)
         if scope.path == known.scope.path:  # a keyed step runs under its own path, in the next generation
             return replace(known, record=None, key=None, marker=None, scope=scope, generation=known.generation + 1), scope
@@ -412,7 +417,7 @@ class Engine:
     # --- run it ---
 
     def _execute(self, call: Call, here: Here, scope: Scope, generation: int) -> Steps:
-        """Run the body with its retries, number and store the outcome. Returns number, key, value, error."""
+        """Run the body with its retries, number and store the outcome. Returns rank, key, value, error."""
         chain, options = (*here.scopes, scope), call.options
         display, key = display_path(chain), record_key(scope.name, scope.path, generation)
         if options.at_most_once:
@@ -515,25 +520,32 @@ class Engine:
             yield Perform(self.execution.lease.check)
         with self.lock:
             number, self._next_number = self._next_number, self._next_number + 1
-            self.delivery.expect(number)
+            rank = (number, scope.path)
+            self.delivery.expect(rank)
             self._storing += 1
             inputs, known = self.references.encode(call.inputs.trees)
         try:
+            # A large outcome is written out once: its JSON is at hand.
+            value: Value | None = encoded.value if encoded else None
+            splice: tuple[str, bytes] | None = None
+            if encoded is not None and isinstance(value, JsonValue) and len(encoded.text) > SPLICE_FROM:
+                splice = secrets.token_hex(8), encoded.text
+                value = JsonValue(data=splice[0])
             record = StepRecord(
                 nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, path=scope.path, name=scope.name, ordinal=scope.ordinal,
                 key=scope.key, equal=scope.equal, kind=call.kind, generation=generation, number=number, digest=scope.digest,
                 turn=scope.turn, scopes=here.scopes, arguments=call.inputs.arguments, inputs=inputs, known=known,
-                opaque=call.inputs.opaque, outcome=encoded.value if encoded else None,
+                opaque=call.inputs.opaque, outcome=value,
                 outcome_digest=_outcome_digest(encoded), failure=failure, attempts=tuple(attempts),
                 after=(here.branch.last,) if here.branch.last else (), idempotency_key=idempotency_key,
                 usage=step.usage if step else None, at_most_once=call.options.at_most_once, metadata=_plain(step.metadata if step else {}),
                 step_run=step.step_run if step else None, started_at=outcome.started, ended_at=_now(),
             )  # fmt: skip
-            data = seal(record)
+            data = seal(record, splice)
             theirs = yield Create(step_name(self.run_id, key), data)
         except BaseException:
             with self.lock:
-                self.delivery.forget(number)
+                self.delivery.forget(rank)
             raise
         finally:
             with self.lock:
@@ -542,9 +554,6 @@ class Engine:
         if theirs is not None:  # lost the race: a step has one outcome, the first
             data, record = theirs, unseal(StepRecord, theirs, step_name(self.run_id, key))
             outcome.value, outcome.error = yield from self._decode(record)
-            with self.lock:
-                self.delivery.forget(number)
-            number = record.number
             yield Perform(self.execution.lease.check)
         elif failure is not None:
             outcome.value, outcome.error = None, _raised(failure, outcome.error, scope.path)
@@ -561,7 +570,7 @@ class Engine:
                 self._forget_inside(scope.path)
         if scope.path != "/":
             yield from self._recorded(key, display_path((*here.scopes, scope)), record)
-        return number, key, outcome.value, outcome.error
+        return rank, key, outcome.value, outcome.error
 
     def _recorded(self, key: str, display: str, record: StepRecord) -> Steps:
         if self.execution.on_progress:
@@ -654,9 +663,9 @@ def paths_on_chain(error: BaseException) -> list[str]:
 
 def _outcome_digest(encoded: codec.Encoded | None) -> str | None:
     """What later inputs find this outcome by; small values are not worth a reference."""
-    if encoded is None or isinstance(encoded.value, MaterializedValue) or encoded.size < REFERENCE_FROM:
+    if encoded is None or len(encoded.text) < REFERENCE_FROM:
         return None
-    return digest_tree(encoded.tree)
+    return reference_digest(encoded.tree, encoded.text)
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,11 @@ class Known:
     marker: StartedMarker | None = None
     generation: int = 0
 
+    @property
+    def rank(self) -> tuple[int, str]:
+        """Its place in the order of delivery."""
+        return self.number, self.scope.path
+
 
 class Claims:
     """The known paths that no call of this leg has claimed yet, found by group, by equal inputs and by turn. Not thread-safe."""

@@ -80,7 +80,7 @@ class FlowOptions:
 
     lineage: Lineage = "async"
     lapse_seconds: float = 30.0
-    inline_limit: int = 64 * 1024
+    inline_limit: int = 256 * 1024
     max_workers: int = 32
     on_drift: OnDrift = "raise"
     allow_pickle: bool = False

@@ -28,7 +28,7 @@ from kitaru_zenml.errors import (
     StepInDoubt,
     StepNotFound,
 )
-from kitaru_zenml.inputs import digest_tree
+from kitaru_zenml.inputs import reference_digest
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease, take_lease
 from kitaru_zenml.journal.records import (
@@ -265,7 +265,7 @@ def _store_outcome(
     record = StepRecord(
         nonce=new_nonce(), run_id=journal.run_id, epoch=lease.epoch, path=scope.path, name=scope.name, ordinal=scope.ordinal,
         key=scope.key, equal=scope.equal, kind=scope.kind, generation=marker.generation, number=number, digest=scope.digest,
-        turn=scope.turn, scopes=marker.scopes, outcome=encoded.value, outcome_digest=digest_tree(encoded.tree),
+        turn=scope.turn, scopes=marker.scopes, outcome=encoded.value, outcome_digest=reference_digest(encoded.tree),
         at_most_once=True, metadata={"settled": True}, started_at=marker.started_at, ended_at=datetime.now(UTC),
     )  # fmt: skip
     theirs = journal.store.create(step_name(journal.run_id, record.object_key), seal(record))

@@ -91,6 +91,6 @@ def run_leg(
         materializers=None,
     )  # fmt: skip
     ended = execution.run(flow, parameters or {}, "simulated", Any)
-    if store.dead or isinstance(ended.error, Crash):
+    if getattr(store, "dead", False) or isinstance(ended.error, Crash):
         raise Crash
     return ended, execution

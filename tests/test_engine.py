@@ -396,7 +396,7 @@ def test_a_large_outcome_is_a_blob_and_replays() -> None:
     @checkpoint
     def big() -> str:
         ran.append("big")
-        return "x" * 200_000
+        return "x" * 400_000
 
     def flow() -> int:
         return len(last(big()))
@@ -405,7 +405,7 @@ def test_a_large_outcome_is_a_blob_and_replays() -> None:
     with pytest.raises(Crash):
         run_leg(store, flow)
     assert any("/blobs/" in name for name in store.objects)
-    assert run_leg(MemoryStore(store.objects), flow)[0].value == 200_000 and ran == ["big"]
+    assert run_leg(MemoryStore(store.objects), flow)[0].value == 400_000 and ran == ["big"]
 
 
 def test_a_name_that_cannot_be_stored_is_refused_when_it_is_given() -> None:

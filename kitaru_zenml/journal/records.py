@@ -386,9 +386,17 @@ _BODY_AT = len(_HEAD) + 64 + len(_MIDDLE)
 S = TypeVar("S", bound=Stored)
 
 
-def seal(body: Stored) -> bytes:
-    """The bytes to store for a body."""
-    text = body.model_dump_json(exclude_defaults=False).encode()
+def seal(body: Stored, splice: tuple[str, bytes] | None = None) -> bytes:
+    """The bytes to store for a body.
+
+    Args:
+        body: The body.
+        splice: A string that stands in the body for a large value, and the value's JSON: it is not written out a second time.
+    """
+    text = body.model_dump_json().encode()
+    if splice is not None:
+        head, _, tail = text.partition(b'"%s"' % splice[0].encode())
+        text = b"".join((head, splice[1], tail))
     return _HEAD + hashlib.sha256(text).hexdigest().encode() + _MIDDLE + text + b"}"
 
 

@@ -135,7 +135,7 @@ class Registration:
             if mark is None:
                 continue
             key = mark["key"]
-            if "attempt" in mark or MARK not in step.run_metadata:
+            if "attempt" in mark or ("noted" in mark and MARK not in step.run_metadata):
                 partly.add(key)
             else:
                 self.places.put(key, place_of(step))
@@ -265,7 +265,8 @@ class Registration:
             else:
                 self._create_missing_versions(pending)
         assert pending.step_run is not None
-        self.zen.create_run_metadata(translate.metadata_request(self.run, pending.step_run, key, record, pending.sha256))
+        if (request := translate.metadata_request(self.run, pending.step_run, record)) is not None:
+            self.zen.create_run_metadata(request)
         self.places.put(key, Place(pending.name, pending.artifact, translate.output_name(record)))
 
     def _create_missing_versions(self, pending: Pending) -> None:
@@ -284,7 +285,7 @@ class Registration:
                 else:
                     others.append(step)
                     # A generation that succeeded and was retired keeps its name: ZenML adds no version after a success.
-                    is_earlier_generation = mark.get("path") == translate.shorten(record.path, 4000)
+                    is_earlier_generation = mark.get("path") == translate.shorten(record.path, translate.PATH_LIMIT)
                     strangers = strangers or not is_earlier_generation or step.status.is_successful
             if ours or not strangers:
                 break
@@ -303,7 +304,9 @@ class Registration:
     def _create_versions(self, pending: Pending, name: str, *, made: int, earlier: int) -> None:
         record = pending.record
         edges = translate.edges_of(references(record.inputs), record.after, self.places.get)
-        requests = translate.step_requests(self.run, pending.key, record, name, pending.artifact, edges, earlier=earlier)
+        requests = translate.step_requests(
+            self.run, pending.key, record, pending.sha256, name, pending.artifact, edges, earlier=earlier
+        )
         pending.step_in_doubt = True
         for request in requests[made:]:
             created = self.zen.create_run_step(request)

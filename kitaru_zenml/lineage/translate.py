@@ -56,6 +56,7 @@ VIEW = "step.html"
 _PARAMETER_LIMIT = 200  # characters of JSON that a step's parameter shows
 _PARAMETERS = 30
 _METADATA_LIMIT = 20_000
+PATH_LIMIT = 4000
 _STEP_TYPES = {"model": StepType.LLM_CALL, "tool": StepType.TOOL_CALL, "memory": StepType.MEMORY_CALL}
 _VOLATILE_KEYS = frozenset({"tool"})  # kinds whose key is an id of one call, new in every run
 
@@ -284,7 +285,7 @@ def edges_of(references: Mapping[str, Sequence[str]], after: Sequence[str], plac
 
 
 def step_requests(
-    run: Run, key: str, record: StepRecord, name: str, artifact: UUID | None, edges: Edges, *, earlier: int = 0
+    run: Run, key: str, record: StepRecord, sha256: str, name: str, artifact: UUID | None, edges: Edges, *, earlier: int = 0
 ) -> list[StepRunRequest]:
     """The requests that register a record: one for each attempt that failed and was retried, and one for its end.
 
@@ -294,6 +295,7 @@ def step_requests(
         run: The run.
         key: Of the record.
         record: The record.
+        sha256: The record's own hash.
         name: Of the step run.
         artifact: The artifact version of its outcome.
         edges: What it hangs on.
@@ -314,7 +316,7 @@ def step_requests(
             inputs=edges.inputs,
             outputs={output_name(record): [artifact]} if last and artifact is not None else {},
             exception_info=exception_info(failure) if failure else None,
-            dynamic_config=_step(key, record, name, edges, retries, None if last else number),
+            dynamic_config=_step(key, record, sha256, name, edges, retries, None if last else number),
         )
 
     return [*(request(n, attempt) for n, attempt in enumerate(record.attempts)), request(len(record.attempts), None)]
@@ -325,15 +327,14 @@ def _started(record: StepRecord) -> datetime:
     return max(record.started_at, record.attempts[-1].ended_at) if record.attempts else record.started_at
 
 
-def _step(key: str, record: StepRecord, name: str, edges: Edges, retries: int, attempt: int | None) -> Step:
-    mark: dict[str, Any] = {"key": key, "path": shorten(record.path, 4000), "generation": record.generation}
-    if attempt is not None:
-        mark["attempt"] = attempt
+def _step(
+    key: str, record: StepRecord, sha256: str, name: str, edges: Edges, retries: int, attempt: int | None
+) -> Step:
     config = StepConfiguration(
         name=record.name,
         step_type=_STEP_TYPES.get(record.kind),
         parameters=parameters(record.inputs),
-        extra={MARK: mark},
+        extra={MARK: mark(key, record, sha256, attempt)},
         group=group_of(record.scopes),
         retry=StepRetryConfig(max_retries=retries) if retries else None,
     )
@@ -362,9 +363,13 @@ def exception_info(failure: Failure) -> ExceptionInfo:
     return ExceptionInfo(traceback=text, source=source, message=failure.message[:10_000])
 
 
-def metadata_request(run: Run, step_run: UUID, key: str, record: StepRecord, sha256: str) -> RunMetadataRequest:
-    """The metadata of a step run: one entry, because ZenML commits each entry by itself."""
-    return _metadata_request(run, step_run, MetadataResourceTypes.STEP_RUN, MARK, metadata(key, record, sha256), step_run)
+def metadata_request(run: Run, step_run: UUID, record: StepRecord) -> RunMetadataRequest | None:
+    """The metadata of a step run; `None` if there is nothing to note.
+
+    One entry, because ZenML commits each by itself; and only if needed, because it is a request of its own (24 ms over REST).
+    """
+    value = metadata(record)
+    return _metadata_request(run, step_run, MetadataResourceTypes.STEP_RUN, MARK, value, step_run) if value else None
 
 
 def _metadata_request(
@@ -379,26 +384,44 @@ def _metadata_request(
     )
 
 
-def metadata(key: str, record: StepRecord, sha256: str) -> dict[str, Any]:
-    """What a person may want to know of a step beside its inputs and outputs."""
+def metadata(record: StepRecord) -> dict[str, Any]:
+    """What is noteworthy about how a step went, beside its inputs and outputs."""
+    noted: dict[str, Any] = {}
+    if record.usage is not None:
+        noted["usage"] = record.usage.model_dump(exclude_none=True)
+    if record.attempts:
+        noted["attempts"] = len(record.attempts) + 1
+    for name, values in (("drift", record.drift), ("opaque", record.opaque)):
+        if values:
+            noted[name] = [shorten(value) for value in values[:50]]
+    if record.metadata and len(json.dumps(record.metadata, default=str)) <= _METADATA_LIMIT:
+        noted["metadata"] = record.metadata
+    return noted
+
+
+def mark(key: str, record: StepRecord, sha256: str, attempt: int | None = None) -> dict[str, Any]:
+    """What a step run's `extra` says of the record behind it; kitaru recognizes its step runs by it.
+
+    Args:
+        key: Of the record.
+        record: The record.
+        sha256: The record's own hash.
+        attempt: Which of the attempts that failed and were retried the step run shows; `None` for the step's end.
+    """
     known: dict[str, Any] = {
-        "path": shorten(record.path, 4000),
         "key": key,
+        "path": shorten(record.path, PATH_LIMIT),
         "kind": record.kind,
         "number": record.number,
         "epoch": record.epoch,
         "generation": record.generation,
-        "attempts": len(record.attempts) + 1,
         "idempotency_key": record.idempotency_key,
         "record": sha256,
     }
-    if record.usage is not None:
-        known["usage"] = record.usage.model_dump(exclude_none=True)
-    for name, values in (("drift", record.drift), ("opaque", record.opaque)):
-        if values:
-            known[name] = [shorten(value) for value in values[:50]]
-    if record.metadata and len(json.dumps(record.metadata, default=str)) <= _METADATA_LIMIT:
-        known["metadata"] = record.metadata
+    if attempt is not None:
+        known["attempt"] = attempt
+    elif metadata(record):
+        known["noted"] = True  # so that metadata that a crash kept from ZenML is missed
     return known
 
 

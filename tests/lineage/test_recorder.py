@@ -37,10 +37,10 @@ def test_a_step_is_shown_with_its_times_parameters_and_metadata(scene: Scene, re
     assert naive(step.end_time) == naive(EPOCH + timedelta(milliseconds=500))
     assert step.config.parameters == {"city": "Ulm"}
     assert step.type == "llm_call"
-    metadata: Any = step.run_metadata["kitaru"]
-    assert metadata["path"] == "/ask@abc#.0"
-    assert metadata["usage"] == {"model": "m", "input_tokens": 3, "output_tokens": 4, "cost": 0.1}
-    assert len(metadata["record"]) == 64
+    assert step.run_metadata["kitaru"] == {"usage": {"model": "m", "input_tokens": 3, "output_tokens": 4, "cost": 0.1}}
+    mark = step.config.extra["kitaru"]
+    assert (mark["path"], mark["key"], mark["number"], mark["kind"]) == ("/ask@abc#.0", key, 0, "model")
+    assert len(mark["record"]) == 64
     page = output_of(step).visualize
     assert page is not None
 
@@ -194,7 +194,8 @@ def test_a_recorder_that_dies_at_any_call_leaves_nothing_twice(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, call: str, at: int, lost: str
 ) -> None:
     attempt = Attempt(started_at=EPOCH, ended_at=EPOCH, failure=boom())
-    keys = [scene.record(), scene.record(attempts=(attempt, attempt)), scene.record(failure=boom(), path="/pay@1#.0")]
+    keys = [scene.record(usage=Usage()), scene.record(attempts=(attempt, attempt))]
+    keys.append(scene.record(failure=boom(), path="/pay@1#.0", opaque=("client: x:Y",)))
     keys.append(scene.record(path="/pay@1#.0", generation=1, ordinal=2))
     registration = _registration(scene)
     _cut(monkeypatch, call, at, Cut(), lost)
@@ -220,7 +221,8 @@ def test_a_call_that_fails_is_repeated_without_a_trace(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, call: str, at: int, lost: str
 ) -> None:
     attempt = Attempt(started_at=EPOCH, ended_at=EPOCH, failure=boom())
-    keys = [scene.record(), scene.record(attempts=(attempt, attempt)), scene.record(failure=boom(), path="/pay@1#.0")]
+    keys = [scene.record(usage=Usage()), scene.record(attempts=(attempt, attempt))]
+    keys.append(scene.record(failure=boom(), path="/pay@1#.0", opaque=("client: x:Y",)))
     keys.append(scene.record(path="/pay@1#.0", generation=1, ordinal=2))
     _cut(monkeypatch, call, at, ConnectionError("gone"), lost)
     recorder = scene.recorder()
@@ -262,7 +264,7 @@ def _assert_all_there_once(scene: Scene) -> None:
         ("fetch#2", 2, "completed"),
     ]
     ends = [step for step in scene.versions() if "attempt" not in step.config.extra["kitaru"]]
-    assert all("kitaru" in step.run_metadata for step in ends)
+    assert [step.name for step in ends if "kitaru" in step.run_metadata] == ["fetch#0", "fetch#1", "fetch#2"]
     versions = [version for step in ends for outputs in step.outputs.values() for version in outputs]
     assert len({version.uri for version in versions}) == 4
     for version in versions:
