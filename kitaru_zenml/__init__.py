@@ -33,7 +33,30 @@ _HOMES = {
     "StepInDoubt": "errors",
     "StepTimeout": "errors",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [  # spelt out, because type checkers read only that
+    "__version__",
+    "flow",
+    "Flow",
+    "checkpoint",
+    "Checkpoint",
+    "current_step",
+    "StepFuture",
+    "as_completed",
+    "now",
+    "random",
+    "uuid4",
+    "RunHandle",
+    "resume",
+    "settle",
+    "KitaruError",
+    "InputsDrifted",
+    "LeaseLost",
+    "NotDurableError",
+    "RecordedFailure",
+    "RunIsLeased",
+    "StepInDoubt",
+    "StepTimeout",
+]
 
 if TYPE_CHECKING:
     from kitaru_zenml.checkpoints import Checkpoint, checkpoint, current_step

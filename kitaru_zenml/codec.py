@@ -37,7 +37,7 @@ from kitaru_zenml.journal.records import (
 )
 
 _TAG = "$type"
-_PLAIN = frozenset({str, bool, type(None)})
+_PLAIN = frozenset({bool, type(None)})
 _MAX_INT = 2**63  # larger ones are tagged: not every JSON reader keeps them
 
 
@@ -97,6 +97,8 @@ def to_tree(value: Any) -> Any:
         Unencodable: If a part of the value has no JSON form.
     """
     cls = type(value)
+    if cls is str:
+        return value if _is_text(value) else {_TAG: "str", "value": value.encode("utf-8", "surrogatepass").hex()}
     if cls in _PLAIN:
         return value
     if cls is int:
@@ -106,10 +108,21 @@ def to_tree(value: Any) -> Any:
     if cls is list:
         return [to_tree(item) for item in value]
     if cls is dict:
-        if all(type(k) is str for k in value) and _TAG not in value:
+        if all(type(k) is str and _is_text(k) for k in value) and _TAG not in value:
             return {k: to_tree(v) for k, v in value.items()}
         return {_TAG: "dict", "value": [[to_tree(k), to_tree(v)] for k, v in value.items()]}
     return _tagged(value, cls)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string has a UTF-8 form; one with lone surrogates (an undecodable file name) has none."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tagged(value: Any, cls: type) -> Any:
@@ -196,6 +209,7 @@ def from_tree(tree: Any) -> Any:
 
 
 _FROM_TAG: dict[str, Callable[[Any], Any]] = {
+    "str": lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass"),
     "int": int,
     "float": float,
     "dict": lambda pairs: {from_tree(k): from_tree(v) for k, v in pairs},
@@ -271,7 +285,7 @@ def encode_plain(value: Any, inline_limit: int) -> Encoded | None:
     """Encode a value that has a JSON form; `None` for any other, which `encode_value` stores with I/O."""
     try:
         return _encode_tree(to_tree(value), inline_limit)
-    except (Unencodable, RecursionError, PydanticSerializationError):
+    except (Unencodable, RecursionError):
         return None
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import to_json
 
 from kitaru_zenml.codec import Unencodable, to_tree, type_path
 
@@ -102,10 +102,7 @@ def _is_chained(tree: Any) -> bool:
 
 
 def _json(tree: Any) -> bytes:
-    try:
-        return to_json(tree, inf_nan_mode="constants")
-    except PydanticSerializationError:  # a lone surrogate: not text, but equal to itself
-        return json.dumps(tree).encode()
+    return to_json(tree, inf_nan_mode="constants")
 
 
 @dataclass
