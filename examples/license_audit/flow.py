@@ -6,12 +6,15 @@ finished call is made again. Nothing here knows about that, except for the decor
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from examples.license_audit import tools
 from examples.license_audit.calls import log_call
 from examples.license_audit.model import ModelUnavailable, model_named
 from examples.license_audit.records import (
     Classification,
     Conflict,
+    Discrepancy,
     Judged,
     Judgement,
     LicenceText,
@@ -54,7 +57,7 @@ def read_licence_files(name: str) -> list[LicenceText]:
 
 
 @checkpoint
-def cross_check(metadata: Metadata, classification: Classification) -> list[str]:
+def cross_check(metadata: Metadata, classification: Classification) -> list[Discrepancy]:
     """What metadata, classifiers and texts tell differently."""
     log_call(metadata.name)
     return tools.cross_check(metadata, classification)
@@ -68,7 +71,7 @@ def find_conflicts(audits: list[PackageAudit], policy: Policy) -> list[Conflict]
 
 
 @checkpoint
-def write_report(folder: str, audits: list[PackageAudit], judged: list[Judged], model: str, date: str) -> ReportFiles:
+def write_report(folder: str, audits: list[PackageAudit], judged: list[Judged], model: str, date: datetime) -> ReportFiles:
     """Write the report; done twice, it writes the same."""
     log_call(folder)
     return tools.write_report(folder, audits, judged, model, date)
@@ -123,4 +126,4 @@ def license_audit(model: str, policy: str, report_folder: str, only: list[str] |
     conflicts = find_conflicts(audits, rules)
     judgements = [done.result() for done in judge.map(conflicts, model=model)]
     judged = [Judged(conflict=c, judgement=j) for c, j in zip(conflicts, judgements, strict=True)]
-    return write_report(report_folder, audits, judged, model, now().strftime("%Y-%m-%d %H:%M UTC"))
+    return write_report(report_folder, audits, judged, model, now())

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 Verdict = Literal["allowed", "review", "denied"]
+Confidence = Literal["high", "medium", "low"]
 UNKNOWN = "NOASSERTION"  # SPDX for "nobody can tell"
 
 
@@ -40,9 +41,16 @@ class Classification(BaseModel):
     """The model's answer to: under which licence is this distribution?"""
 
     expression: str  # SPDX
-    confidence: Literal["high", "medium", "low"]
+    confidence: Confidence
     found: list[FoundLicence] = []
     rationale: str = ""
+
+
+class Discrepancy(BaseModel):
+    """Two sources that tell the licence differently, or a source that is missing."""
+
+    kind: Literal["contradiction", "undeclared", "no text", "no declaration"]
+    message: str
 
 
 class PackageAudit(BaseModel):
@@ -50,7 +58,7 @@ class PackageAudit(BaseModel):
 
     metadata: Metadata
     classification: Classification
-    discrepancies: list[str]  # what metadata, classifiers and texts tell differently
+    discrepancies: list[Discrepancy]
 
 
 class Rule(BaseModel):
@@ -77,8 +85,9 @@ class Conflict(BaseModel):
     version: str
     expression: str
     verdict: Verdict
+    licence: str  # the part of the expression that decides the verdict
     reason: str
-    discrepancies: list[str] = []
+    discrepancies: list[Discrepancy] = []
 
 
 class Judgement(BaseModel):
@@ -104,7 +113,6 @@ class Report(BaseModel):
     licences: dict[str, int]  # expression -> how many distributions
     verdicts: dict[Verdict, int]
     conflicts: list[Judged]
-    discrepancies: dict[str, list[str]]  # distribution -> what it tells differently
     packages: list[PackageAudit]
 
 

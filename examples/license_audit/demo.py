@@ -1,0 +1,239 @@
+"""`make demo`: run the audit, kill it with SIGKILL in the middle, resume it from a new process, and prove what happened.
+
+    make demo             a local artifact store and ZenML on SQLite, in .kitaru-demo/ and nowhere else
+    make demo STACK=s3    a local S3 endpoint and a ZenML server over REST, started and stopped here
+
+The proof does not rest on the journal: tools and model write each call they really make to a file of their own (`calls`), which is
+compared with what the journal held when the process was dead. The exit code is 1 if a finished step ran again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.license_audit.calls import CALLS, CallMade, calls_made
+from examples.license_audit.model import chosen_model
+from examples.license_audit.tools import list_distributions
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PATIENCE = 180.0  # seconds that each part may take
+
+
+class DemoFailed(Exception):
+    """The demo did not show what it promises."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the journal and the list of real calls say together."""
+
+    stored_at_kill: int
+    stored_at_end: int
+    first_calls: int  # tool and model calls of the killed process
+    second_calls: int  # and of the one that resumed
+    lost: int  # stored at the kill and gone at the end
+    repeated: list[str]  # finished steps that were called again
+    in_flight: list[str]  # begun and not finished at the kill: the only calls that may be made twice
+
+
+# --- the parts of the demo -----------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, only: list[str] | None) -> subprocess.Popen[bytes]:
+    """Start the audit in a child process."""
+    command = ["--report", str(folder / "report")] + (["--only", *only] if only else [])
+    return _python(folder / "first.log", "-m", "examples.license_audit", *command)
+
+
+def resume(folder: Path, run_id: str) -> subprocess.Popen[bytes]:
+    """Continue the run in a new process."""
+    return _python(folder / "second.log", "-m", "examples.license_audit", "--resume", run_id)
+
+
+def _python(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def wait_for_run(child: subprocess.Popen[bytes], log: Path) -> str:
+    """The id of the run that the child began, as ZenML knows it."""
+    from zenml.client import Client
+
+    before = time.monotonic()
+    while time.monotonic() - before < PATIENCE:
+        runs = Client().list_pipeline_runs(sort_by="desc:created", size=1)
+        if runs.items and runs.items[0].orchestrator_environment.get("pid") == child.pid:
+            return str(runs.items[0].id)
+        _still_runs(child, log)
+        time.sleep(0.1)
+    raise DemoFailed(f"no run began within {PATIENCE:.0f} s; see {log}")
+
+
+def kill_in_the_middle(child: subprocess.Popen[bytes], log: Path, run_id: str, steps: int) -> dict[str, str]:
+    """SIGKILL the child as soon as the journal holds so many steps; what it holds then, by step path."""
+    from kitaru_zenml.artifact_store import open_store
+    from kitaru_zenml.journal.records import run_folder
+    from kitaru_zenml.runs import artifact_store_of, find_run
+
+    store = open_store(artifact_store_of(find_run(run_id)))
+    before = time.monotonic()
+    while len(store.list(run_folder(run_id) + "steps/")) < steps:
+        _still_runs(child, log)
+        if time.monotonic() - before > PATIENCE:
+            raise DemoFailed(f"the run did not come to {steps} steps within {PATIENCE:.0f} s; see {log}")
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    return stored_steps(run_id)
+
+
+def stored_steps(run_id: str) -> dict[str, str]:
+    """What the journal holds: step path to step name."""
+    from kitaru_zenml.runs import find_run, open_journal
+
+    records = open_journal(find_run(run_id)).load().current()
+    return {path: record.name for path, record in records.items() if path != "/"}
+
+
+def _still_runs(child: subprocess.Popen[bytes], log: Path) -> None:
+    if child.poll() is not None:
+        raise DemoFailed(f"the audit ended before it could be killed (exit code {child.returncode}):\n{log.read_text()[-2000:]}")
+
+
+def prove(at_kill: dict[str, str], at_end: dict[str, str], calls: list[CallMade], killed: int) -> Proof:
+    """Compare what was stored when the process was dead with the calls that were really made, before and after."""
+    first, second = [c for c in calls if c.pid == killed], [c for c in calls if c.pid != killed]
+    twice = {key for key, n in Counter((c.step, c.about) for c in calls).items() if n > 1}
+    in_flight = [f"{c.step} {c.about}" for c in first if c.path not in at_kill]
+    repeated = [f"{c.step} {c.about}" for c in second if c.path in at_kill]
+    repeated += [f"{step} {about}" for step, about in twice if f"{step} {about}" not in in_flight]
+    return Proof(
+        len(at_kill), len(at_end), len(first), len(second), len(at_kill.keys() - at_end.keys()), sorted(set(repeated)), in_flight
+    )
+
+
+# --- where it runs -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def local_stack(folder: Path) -> Iterator[str]:
+    """ZenML's default stack, with everything in a folder of the project."""
+    with _environment(ZENML_CONFIG_PATH=str(folder / "zenml")):
+        yield f"ZenML on SQLite and a local artifact store, both in {_short(folder)}"
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables, here and for the children. ZenML reads them when it is imported, which must come after."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# --- the show ------------------------------------------------------------------------------------------------------------
+
+
+def show(folder: Path, where: str, only: list[str] | None, look: str) -> Proof:
+    """Run, kill, resume, prove, and say it on the way."""
+    calls_file = folder / "calls.jsonl"
+    calls_file.unlink(missing_ok=True)
+    total = len(list_distributions(only))
+    with _environment(**{CALLS: str(calls_file)}):
+        print(f"The agent audits the licences of {total} installed distributions.\nModel: {chosen_model()}. Stack: {where}.")
+        from zenml.client import Client
+
+        Client().active_stack  # noqa: B018  (a first use makes ZenML's database, which is not what is shown)
+
+        _title("1. Start")
+        child = start(folder, only)
+        run_id = wait_for_run(child, folder / "first.log")
+        print(f"process {child.pid} executes run {run_id}")
+
+        _title("2. Kill")
+        at_kill = kill_in_the_middle(child, folder / "first.log", run_id, steps=max(2, int(total * 2.2)))
+        print(f"kill -9 {child.pid}: the journal holds {len(at_kill)} finished steps\n  {_counted(at_kill)}")
+
+        _title("3. Resume, in a new process")
+        began = time.monotonic()
+        second = resume(folder, run_id)
+        second.wait(PATIENCE)
+        if second.returncode:
+            raise DemoFailed(f"resume failed:\n{(folder / 'second.log').read_text()[-3000:]}")
+        at_end = stored_steps(run_id)
+        new = {path: name for path, name in at_end.items() if path not in at_kill}
+        status = Client().get_pipeline_run(run_id).status.value
+        in_zenml = Client().list_run_steps(pipeline_run_id=run_id, size=1).total
+        print(f"process {second.pid}: {status} after {time.monotonic() - began:.1f} s, with the start of Python and ZenML")
+        print(f"  replayed from the journal: {len(at_kill)} steps\n  run: {len(new)} steps\n    {_counted(new)}")
+        print(f"  in ZenML: {in_zenml} step runs for {len(at_end)} steps")
+
+        _title("4. Proof: the calls that tools and model noted themselves")
+        proof = prove(at_kill, at_end, calls_made(calls_file), child.pid)
+        print(f"calls of process {child.pid}: {proof.first_calls}, of process {second.pid}: {proof.second_calls}")
+        print(f"  finished steps that ran again: {len(proof.repeated)}\n  finished steps lost: {proof.lost}")
+        print(f"  in flight at the kill, so called again: {len(proof.in_flight)} ({', '.join(proof.in_flight) or 'none'})")
+        if proof.repeated or proof.lost or status != "completed" or in_zenml != len(at_end):
+            raise DemoFailed(f"a promise is broken: {proof}, {status}, {in_zenml} step runs in ZenML")
+
+        _title("5. The report")
+        print("\n".join((folder / "report" / "report.md").read_text().splitlines()[:16]))
+        print(f"...\n{_short(folder / 'report' / 'report.md')}, {_short(folder / 'report' / 'report.json')}")
+
+        _title("Where to look")
+        print(look.format(run=run_id))
+    return proof
+
+
+def _title(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}", flush=True)
+
+
+def _counted(steps: dict[str, str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in Counter(steps.values()).most_common())
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def main() -> None:
+    """Parse the command line and show."""
+    parser = argparse.ArgumentParser(prog="python -m examples.license_audit.demo", description=__doc__)
+    parser.add_argument("--stack", choices=("local", "s3"), default="local")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".kitaru-demo", help="everything is written there (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="audit only these distributions")
+    options = parser.parse_args()
+    folder = options.folder.resolve() / options.stack
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(ZENML_ANALYTICS_OPT_IN="false", ZENML_LOGGING_VERBOSITY="WARN", ZENML_ENABLE_RICH_TRACEBACK="false")
+    config = f"export ZENML_CONFIG_PATH={_short(folder / 'zenml')}\n"
+    try:
+        with local_stack(folder) as where:
+            show(folder, where, options.only, config + _COMMANDS + "zenml login --local               # the dashboard")
+    except DemoFailed as failure:
+        sys.exit(f"\nThe demo failed: {failure}")
+
+
+_COMMANDS = """kitaru show {run}      # the tree of steps
+kitaru step {run} 'classify#0'     # inputs, output, attempts, tokens
+kitaru verify {run}    # every hash, and the journal against ZenML
+"""
+
+if __name__ == "__main__":
+    main()
