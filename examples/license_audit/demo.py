@@ -67,18 +67,24 @@ def _python(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_for_run(child: subprocess.Popen[bytes], log: Path) -> str:
-    """The id of the run that the child began, as ZenML knows it."""
+def newest_run() -> str | None:
+    """The id of the run that ZenML knows as the newest."""
     from zenml.client import Client
 
-    before = time.monotonic()
-    while time.monotonic() - before < PATIENCE:
-        runs = Client().list_pipeline_runs(sort_by="desc:created", size=1)
-        if runs.items and runs.items[0].orchestrator_environment.get("pid") == child.pid:
-            return str(runs.items[0].id)
+    runs = Client().list_pipeline_runs(sort_by="desc:created", size=1).items
+    return str(runs[0].id) if runs else None
+
+
+def wait_for_run(child: subprocess.Popen[bytes], log: Path, before: str | None) -> str:
+    """The id of the run that the child began after run `before`."""
+    until = time.monotonic() + PATIENCE
+    while (run_id := newest_run()) in (None, before):
         _still_runs(child, log)
+        if time.monotonic() > until:
+            raise DemoFailed(f"no run began within {PATIENCE:.0f} s; see {log}")
         time.sleep(0.1)
-    raise DemoFailed(f"no run began within {PATIENCE:.0f} s; see {log}")
+    assert run_id is not None
+    return run_id
 
 
 def kill_in_the_middle(child: subprocess.Popen[bytes], log: Path, run_id: str, steps: int) -> dict[str, str]:
@@ -158,11 +164,10 @@ def show(folder: Path, where: str, only: list[str] | None, look: str) -> Proof:
         print(f"The agent audits the licences of {total} installed distributions.\nModel: {chosen_model()}. Stack: {where}.")
         from zenml.client import Client
 
-        Client().active_stack  # noqa: B018  (a first use makes ZenML's database, which is not what is shown)
-
         _title("1. Start")
+        before = newest_run()  # on a first use this makes ZenML's database
         child = start(folder, only)
-        run_id = wait_for_run(child, folder / "first.log")
+        run_id = wait_for_run(child, folder / "first.log", before)
         print(f"process {child.pid} executes run {run_id}")
 
         _title("2. Kill")
@@ -221,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve() / options.stack
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(ZENML_ANALYTICS_OPT_IN="false", ZENML_LOGGING_VERBOSITY="WARN", ZENML_ENABLE_RICH_TRACEBACK="false")
+    os.environ.update(ZENML_ANALYTICS_OPT_IN="false", ZENML_LOGGING_VERBOSITY="ERROR", ZENML_ENABLE_RICH_TRACEBACK="false")
     config = f"export ZENML_CONFIG_PATH={_short(folder / 'zenml')}\n"
     try:
         with local_stack(folder) as where:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 import tomllib
 from collections import Counter
 from datetime import datetime
@@ -33,7 +34,7 @@ _SEVERITY: list[Verdict] = ["allowed", "review", "denied"]
 
 def list_distributions(only: list[str] | None) -> list[str]:
     """Names of the installed distributions, sorted, each once."""
-    names = {d.metadata["Name"] for d in installed.distributions() if d.metadata["Name"]}
+    names = {d.metadata["Name"] for d in installed.distributions(path=_site_packages()) if d.metadata["Name"]}
     if only is not None and (unknown := set(only) - names):
         raise ValueError(f"not installed here: {', '.join(sorted(unknown))}")
     return sorted(names if only is None else only, key=str.lower)
@@ -41,7 +42,7 @@ def list_distributions(only: list[str] | None) -> list[str]:
 
 def read_metadata(name: str) -> Metadata:
     """What a distribution says about its licence."""
-    found = installed.distribution(name)
+    found = _distribution(name)
     fields = found.metadata.json
     classifiers = [c for c in fields.get("classifier", []) if c.startswith("License ::")]
     return Metadata(
@@ -53,6 +54,15 @@ def read_metadata(name: str) -> Metadata:
     )
 
 
+def _site_packages() -> list[str]:
+    """Where distributions are installed. Not all of `sys.path`: setuptools, once imported, puts what it vendors there."""
+    return list(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))))
+
+
+def _distribution(name: str) -> installed.Distribution:
+    return next(iter(installed.distributions(name=name, path=_site_packages())))
+
+
 def _text(field: object) -> str | None:
     return str(field or "").strip()[:500] or None
 
@@ -61,7 +71,7 @@ def read_licence_files(name: str) -> list[LicenceText]:
     """The licence files that a distribution ships, those of what it bundles too."""
     found = [
         file
-        for file in installed.distribution(name).files or []
+        for file in _distribution(name).files or []
         if file.name.upper().startswith(_TEXT_NAMES) and file.suffix not in _NOT_TEXTS
     ]
     return [

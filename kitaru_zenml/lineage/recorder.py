@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
@@ -219,9 +219,8 @@ class Recorder:
             before = len(work)
             try:
                 registration.register(work, at_once)
-                strikes = 0
-                self._on_track()
             except Exception as error:
+                self._done(before - len(work), registered=True)
                 strikes = strikes + 1 if len(work) == before else 1
                 if self._can_pass(error):
                     self._lag(error, strikes)
@@ -230,10 +229,13 @@ class Recorder:
                 elif isinstance(error, _HOPELESS) or strikes >= STRIKES:
                     self._give_up(f"`{work.pop(0).record.display}`", error)
                     self._done(1)
-                    before, strikes = before - 1, 0
+                    strikes = 0
                 else:
                     self._lag(error, strikes)
-            self._done(before - len(work), registered=True)
+            else:
+                self._done(before - len(work), registered=True)
+                strikes = 0
+                self._on_track()
 
     def _patiently(self, action: Callable[[], T]) -> T:
         strikes = 0
@@ -252,7 +254,7 @@ class Recorder:
     def _can_pass(self, error: Exception) -> bool:
         """Whether the error is about ZenML, a store or the run's status, rather than about one record."""
         self._refused = False
-        if isinstance(error, StoreUnavailable | OSError | DBAPIError):
+        if isinstance(error, StoreUnavailable | OSError | OperationalError | InterfaceError):
             return True
         try:
             run = Client().zen_store.get_run(self._run_id, hydrate=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import struct
 from collections.abc import Iterator, MutableSequence, Sequence
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from pydantic_core import from_json
-from zenml.enums import ExecutionStatus
 from zenml.exceptions import EntityExistsError
 from zenml.models import ArtifactVersionFilter, StepRunFilter, StepRunResponse
 
@@ -33,8 +31,6 @@ from kitaru_zenml.lineage.translate import MARK, Place, Run
 
 if TYPE_CHECKING:
     from zenml.zen_stores.base_zen_store import BaseZenStore
-
-logger = logging.getLogger("kitaru_zenml.lineage")
 
 PAGE = 100  # step runs a request: hydrated, each is some 20 KB in memory
 VIEW_BLOB_LIMIT = 512 * 1024  # bytes of a value that is read to be shown
@@ -325,11 +321,6 @@ def place_of(step: StepRunResponse) -> Place:
         if versions:
             return Place(step.name, versions[0].id, output)
     return Place(step.name, None)
-
-
-def status_of(record: StepRecord) -> ExecutionStatus:
-    """The status that a record's step run ends with."""
-    return ExecutionStatus.COMPLETED if record.failure is None else ExecutionStatus.FAILED
 
 
 def _digest(path: str) -> str:
