@@ -210,7 +210,9 @@ def _copy_outcome(task: asyncio.Future[Any], future: StepFuture[Any]) -> None:
 
 
 def _resolved(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    take = lambda value: value.result() if isinstance(value, StepFuture) else value  # noqa: E731
+    def take(value: Any) -> Any:
+        return value.result() if isinstance(value, StepFuture) else value
+
     return [take(v) for v in args], {k: take(v) for k, v in kwargs.items()}
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 from uuid import UUID
 
 from zenml.client import Client
@@ -42,12 +42,12 @@ class Flow(DynamicPipeline, Generic[P, R]):
         self.__wrapped__ = function
         self.__doc__ = function.__doc__
 
-    def with_options(self, *args: Any, **options: Any) -> Flow[P, R]:  # type: ignore[override]
+    def with_options(self, *args: Any, **options: Any) -> Flow[P, R]:
         """A copy of this flow with other options: those of `FlowOptions` and those of ZenML's pipelines (`run_name`, `schedule`, ...)."""
         ours = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
         merged = replace(self.options, **ours)
         extra = {**self.configuration.extra, **options.pop("extra", {}), EXTRA: asdict(merged)}
-        copy: Flow[P, R] = super().with_options(*args, extra=extra, **options)
+        copy = cast(Flow[P, R], super().with_options(*args, extra=extra, **options))
         copy.options = merged
         return copy
 

@@ -33,9 +33,9 @@ from zenml.utils import source_utils
 
 import kitaru_zenml
 from kitaru_zenml.artifact_store import open_store
-from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, WrongArtifactStore
 from kitaru_zenml.codec import encode_failure
 from kitaru_zenml.engine import paths_on_chain
+from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, WrongArtifactStore
 from kitaru_zenml.execution import Ended, Execution, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
@@ -212,7 +212,7 @@ def _run_leg(
         )  # fmt: skip
         recorder.start()
         if snapshot.records:
-            recorder.reconcile(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
+            recorder.reconcile_later(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
         if report is not None:
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered

@@ -115,7 +115,9 @@ def stored_steps(run_id: str) -> dict[str, str]:
 
 def _still_runs(child: subprocess.Popen[bytes], log: Path) -> None:
     if child.poll() is not None:
-        raise DemoFailed(f"the audit ended before it could be killed (exit code {child.returncode}):\n{log.read_text()[-2000:]}")
+        raise DemoFailed(
+            f"the audit ended before it could be killed (exit code {child.returncode}):\n{log.read_text()[-2000:]}"
+        )
 
 
 def prove(at_kill: dict[str, str], at_end: dict[str, str], calls: list[CallMade], killed: int) -> Proof:
@@ -126,7 +128,13 @@ def prove(at_kill: dict[str, str], at_end: dict[str, str], calls: list[CallMade]
     repeated = [f"{c.step} {c.about}" for c in second if c.path in at_kill]
     repeated += [f"{step} {about}" for step, about in twice if f"{step} {about}" not in in_flight]
     return Proof(
-        len(at_kill), len(at_end), len(first), len(second), len(at_kill.keys() - at_end.keys()), sorted(set(repeated)), in_flight
+        len(at_kill),
+        len(at_end),
+        len(first),
+        len(second),
+        len(at_kill.keys() - at_end.keys()),
+        sorted(set(repeated)),
+        in_flight,
     )
 
 
@@ -159,7 +167,7 @@ def show(folder: Path, where: str, only: list[str] | None, look: str) -> Proof:
     """Run, kill, resume, prove, and say it on the way."""
     calls_file = folder / "calls.jsonl"
     calls_file.unlink(missing_ok=True)
-    total = len(list_distributions(only))
+    total = len(list_distributions(None, only))
     with _environment(**{CALLS: str(calls_file)}):
         print(f"The agent audits the licences of {total} installed distributions.\nModel: {chosen_model()}. Stack: {where}.")
         from zenml.client import Client

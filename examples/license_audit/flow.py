@@ -15,6 +15,7 @@ from examples.license_audit.records import (
     Classification,
     Conflict,
     Discrepancy,
+    Installed,
     Judged,
     Judgement,
     LicenceText,
@@ -29,10 +30,10 @@ from kitaru_zenml import checkpoint, current_step, flow, now
 
 
 @checkpoint
-def list_distributions(only: list[str] | None) -> list[str]:
-    """The names of the installed distributions."""
-    log_call("environment")
-    return tools.list_distributions(only)
+def list_distributions(environment: str | None, only: list[str] | None) -> list[Installed]:
+    """The installed distributions."""
+    log_call(environment or "this environment")
+    return tools.list_distributions(environment, only)
 
 
 @checkpoint
@@ -43,17 +44,17 @@ def read_policy(path: str) -> Policy:
 
 
 @checkpoint
-def read_metadata(name: str) -> Metadata:
+def read_metadata(one: Installed) -> Metadata:
     """What a distribution says about its licence."""
-    log_call(name)
-    return tools.read_metadata(name)
+    log_call(one.name)
+    return tools.read_metadata(one)
 
 
 @checkpoint
-def read_licence_files(name: str) -> list[LicenceText]:
+def read_licence_files(one: Installed) -> list[LicenceText]:
     """The licence files that a distribution ships."""
-    log_call(name)
-    return tools.read_licence_files(name)
+    log_call(one.name)
+    return tools.read_licence_files(one)
 
 
 @checkpoint
@@ -102,27 +103,28 @@ def judge(conflict: Conflict, model: str) -> Judgement:
 
 
 @checkpoint
-def audit_package(name: str, model: str) -> PackageAudit:
+def audit_package(one: Installed, model: str) -> PackageAudit:
     """One distribution: read, classify, cross-check. A step that is made of steps."""
-    metadata = read_metadata(name)
-    classification = classify(metadata, read_licence_files(name), model)
-    return PackageAudit(
-        metadata=metadata, classification=classification, discrepancies=cross_check(metadata, classification)
-    )
+    metadata = read_metadata(one)
+    classification = classify(metadata, read_licence_files(one), model)
+    return PackageAudit(metadata=metadata, classification=classification, discrepancies=cross_check(metadata, classification))
 
 
 @flow(max_workers=8)
-def license_audit(model: str, policy: str, report_folder: str, only: list[str] | None = None) -> ReportFiles:
+def license_audit(
+    model: str, policy: str, report_folder: str, environment: str | None = None, only: list[str] | None = None
+) -> ReportFiles:
     """Audit the licences of the installed distributions.
 
     Args:
         model: Name of the model, see `model.chosen_model`.
         policy: Path of the policy file.
         report_folder: Where the report goes.
+        environment: The `site-packages` to audit; this Python's own by default.
         only: Names of the distributions to audit; all by default.
     """
     rules = read_policy(policy)
-    audits = [done.result() for done in audit_package.map(list_distributions(only), model=model)]
+    audits = [done.result() for done in audit_package.map(list_distributions(environment, only), model=model)]
     conflicts = find_conflicts(audits, rules)
     judgements = [done.result() for done in judge.map(conflicts, model=model)]
     judged = [Judged(conflict=c, judgement=j) for c, j in zip(conflicts, judgements, strict=True)]

@@ -12,6 +12,13 @@ Confidence = Literal["high", "medium", "low"]
 UNKNOWN = "NOASSERTION"  # SPDX for "nobody can tell"
 
 
+class Installed(BaseModel):
+    """A distribution, and the folder that it is installed in."""
+
+    name: str
+    folder: str
+
+
 class Metadata(BaseModel):
     """What a distribution says about its licence."""
 

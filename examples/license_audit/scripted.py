@@ -57,7 +57,9 @@ def classify(metadata: Metadata, texts: list[LicenceText]) -> Classification:
         if not declared:
             return Classification(expression=UNKNOWN, confidence="low", rationale="No declaration and no text I can read.")
         return Classification(
-            expression=declared, confidence="medium", rationale=f"Declared by the {source}; no licence text I can read is shipped."
+            expression=declared,
+            confidence="medium",
+            rationale=f"Declared by the {source}; no licence text I can read is shipped.",
         )
     bsd = next((name for name in names if "BSD" in name and name != "0BSD"), None)
     if declared and bsd and spdx.ANY_BSD in stated:  # "BSD" says not which: the text does

@@ -60,9 +60,7 @@ def both(names: Iterable[str]) -> str:
     return " AND ".join(f"({part})" if " OR " in part and len(parts) > 1 else part for part in parts)
 
 
-def evaluate(
-    expression: str, licence: Callable[[str], T], any_of: Callable[[list[T]], T], all_of: Callable[[list[T]], T]
-) -> T:
+def evaluate(expression: str, licence: Callable[[str], T], any_of: Callable[[list[T]], T], all_of: Callable[[list[T]], T]) -> T:
     """The value of an expression, from the values of its licences.
 
     Args:

@@ -17,6 +17,7 @@ from examples.license_audit.records import (
     Classification,
     Conflict,
     Discrepancy,
+    Installed,
     Judged,
     LicenceText,
     Metadata,
@@ -32,17 +33,28 @@ _NOT_TEXTS = {".py", ".pyi", ".pyc", ".so", ".json", ".toml", ".html"}
 _SEVERITY: list[Verdict] = ["allowed", "review", "denied"]
 
 
-def list_distributions(only: list[str] | None) -> list[str]:
-    """Names of the installed distributions, sorted, each once."""
-    names = {d.metadata["Name"] for d in installed.distributions(path=_site_packages()) if d.metadata["Name"]}
-    if only is not None and (unknown := set(only) - names):
+def list_distributions(environment: str | None, only: list[str] | None) -> list[Installed]:
+    """The distributions of an environment, sorted by name, each once.
+
+    Args:
+        environment: Its `site-packages`; those of this Python by default. Not all of `sys.path`: setuptools, once imported, puts what
+            it vendors there.
+        only: Names to take; all by default.
+    """
+    folders = [environment] if environment else [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    found: dict[str, Installed] = {}
+    for folder in dict.fromkeys(folders):
+        for distribution in installed.distributions(path=[folder]):
+            if name := distribution.metadata["Name"]:
+                found.setdefault(name, Installed(name=name, folder=folder))
+    if only is not None and (unknown := set(only) - found.keys()):
         raise ValueError(f"not installed here: {', '.join(sorted(unknown))}")
-    return sorted(names if only is None else only, key=str.lower)
+    return [found[name] for name in sorted(found if only is None else set(only), key=str.lower)]
 
 
-def read_metadata(name: str) -> Metadata:
+def read_metadata(one: Installed) -> Metadata:
     """What a distribution says about its licence."""
-    found = _distribution(name)
+    found = _open(one)
     fields = found.metadata.json
     classifiers = [c for c in fields.get("classifier", []) if c.startswith("License ::")]
     return Metadata(
@@ -54,25 +66,18 @@ def read_metadata(name: str) -> Metadata:
     )
 
 
-def _site_packages() -> list[str]:
-    """Where distributions are installed. Not all of `sys.path`: setuptools, once imported, puts what it vendors there."""
-    return list(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))))
-
-
-def _distribution(name: str) -> installed.Distribution:
-    return next(iter(installed.distributions(name=name, path=_site_packages())))
+def _open(one: Installed) -> installed.Distribution:
+    return next(iter(installed.distributions(name=one.name, path=[one.folder])))
 
 
 def _text(field: object) -> str | None:
     return str(field or "").strip()[:500] or None
 
 
-def read_licence_files(name: str) -> list[LicenceText]:
+def read_licence_files(one: Installed) -> list[LicenceText]:
     """The licence files that a distribution ships, those of what it bundles too."""
     found = [
-        file
-        for file in _distribution(name).files or []
-        if file.name.upper().startswith(_TEXT_NAMES) and file.suffix not in _NOT_TEXTS
+        file for file in _open(one).files or [] if file.name.upper().startswith(_TEXT_NAMES) and file.suffix not in _NOT_TEXTS
     ]
     return [
         LicenceText(file=str(file), text=path.read_text(errors="replace"))

@@ -1,0 +1,48 @@
+# Everything runs in .venv, which is made when it is missing or older than what it is made of. Needs Python 3.11 and a package registry.
+#
+#   make demo [STACK=s3]    the main job: audit, kill -9, resume, proof
+#   make test               the tests, crash sweeps sampled
+#   make crash-sweep        every store operation of every flow as a crash point
+#   make bench              what a step costs; writes bench/results/
+#   make lint types         ruff, mypy
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+STACK ?= local
+JOBS ?= auto
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test crash-sweep bench lint types clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || python3.11 -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.license_audit.demo --stack $(STACK) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
+
+crash-sweep: $(STAMP)
+	KITARU_SWEEP=all $(BIN)/python -m pytest -q -n $(JOBS) -m sweep $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python bench/step_overhead.py $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf .kitaru-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

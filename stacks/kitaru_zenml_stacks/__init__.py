@@ -1,0 +1,1 @@
+"""ZenML stacks for kitaru-zenml."""
