@@ -10,7 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 STACK ?= local
-JOBS ?= auto
+# Test processes: one a core, at most four, because each may start services of its own.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.license_audit.calls import CALLS, CallMade, calls_made
 from examples.license_audit.model import chosen_model
@@ -141,11 +143,55 @@ def prove(at_kill: dict[str, str], at_end: dict[str, str], calls: list[CallMade]
 # --- where it runs -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Place:
+    """A stack that is ready, and how a person looks at it."""
+
+    what: str
+    dashboard: str
+    settings: dict[str, str]  # environment variables of whoever looks
+    ends: bool = False  # with the demo: there is nothing to look at afterwards
+
+
 @contextlib.contextmanager
-def local_stack(folder: Path) -> Iterator[str]:
+def local_stack(folder: Path) -> Iterator[Place]:
     """ZenML's default stack, with everything in a folder of the project."""
-    with _environment(ZENML_CONFIG_PATH=str(folder / "zenml")):
-        yield f"ZenML on SQLite and a local artifact store, both in {_short(folder)}"
+    settings = {"ZENML_CONFIG_PATH": str(folder / "zenml")}
+    with _environment(**settings):
+        yield Place(
+            what="ZenML on SQLite and a local artifact store",
+            dashboard="zenml login --local",
+            settings={"ZENML_CONFIG_PATH": _for_shell(folder / "zenml")},
+        )
+
+
+@contextlib.contextmanager
+def s3_stack(folder: Path, keep: bool) -> Iterator[Place]:
+    """A stack with an S3 artifact store and a ZenML server over REST, both on this machine and of this process."""
+    from kitaru_zenml_stacks import loopback
+
+    for left_over in ("server", "zenml"):
+        shutil.rmtree(folder / left_over, ignore_errors=True)
+    with loopback.moto_s3() as s3, loopback.zenml_server(folder / "server") as server:
+        settings = server.client_env(folder / "zenml")
+        with _environment(**settings):
+            _activate_s3_stack(s3.artifact_store_config())
+            yield Place(
+                what=f"a ZenML server at {server.url} and S3 at {s3.endpoint}, started for this demo",
+                dashboard=f"open {server.url}, user `default`, password `{server.password}`",
+                settings={**settings, "ZENML_CONFIG_PATH": _for_shell(folder / "zenml")},
+                ends=not keep,
+            )
+
+
+def _activate_s3_stack(configuration: dict[str, Any]) -> None:
+    from zenml.client import Client
+    from zenml.enums import StackComponentType
+
+    client = Client()
+    client.create_stack_component("s3", "s3", StackComponentType.ARTIFACT_STORE, configuration)
+    client.create_stack("s3", {StackComponentType.ORCHESTRATOR: "default", StackComponentType.ARTIFACT_STORE: "s3"})
+    client.activate_stack("s3")
 
 
 @contextlib.contextmanager
@@ -163,54 +209,90 @@ def _environment(**values: str) -> Iterator[None]:
 # --- the show ------------------------------------------------------------------------------------------------------------
 
 
-def show(folder: Path, where: str, only: list[str] | None, look: str) -> Proof:
-    """Run, kill, resume, prove, and say it on the way."""
+def show(folder: Path, place: Place, only: list[str] | None) -> None:
+    """Run, kill, resume, prove, and say it on the way.
+
+    Raises:
+        DemoFailed: If a promise is broken.
+    """
+    from zenml.client import Client
+
     calls_file = folder / "calls.jsonl"
     calls_file.unlink(missing_ok=True)
     total = len(list_distributions(None, only))
-    with _environment(**{CALLS: str(calls_file)}):
-        print(f"The agent audits the licences of {total} installed distributions.\nModel: {chosen_model()}. Stack: {where}.")
-        from zenml.client import Client
+    print(f"The agent audits the licences of {total} installed distributions.\nModel: {chosen_model()}\nStack: {place.what}")
 
-        _title("1. Start")
-        before = newest_run()  # on a first use this makes ZenML's database
-        child = start(folder, only)
+    _title("1. Start")
+    before = newest_run()  # on a first use this makes ZenML's database
+    child = start(folder, only)
+    try:
         run_id = wait_for_run(child, folder / "first.log", before)
         print(f"process {child.pid} executes run {run_id}")
 
         _title("2. Kill")
         at_kill = kill_in_the_middle(child, folder / "first.log", run_id, steps=max(2, int(total * 2.2)))
-        print(f"kill -9 {child.pid}: the journal holds {len(at_kill)} finished steps\n  {_counted(at_kill)}")
+    finally:
+        child.kill()
+    print(f"kill -9 {child.pid}: the journal holds {len(at_kill)} finished steps\n  {_counted(at_kill)}")
 
-        _title("3. Resume, in a new process")
-        began = time.monotonic()
-        second = resume(folder, run_id)
-        second.wait(PATIENCE)
-        if second.returncode:
-            raise DemoFailed(f"resume failed:\n{(folder / 'second.log').read_text()[-3000:]}")
-        at_end = stored_steps(run_id)
-        new = {path: name for path, name in at_end.items() if path not in at_kill}
-        status = Client().get_pipeline_run(run_id).status.value
-        in_zenml = Client().list_run_steps(pipeline_run_id=run_id, size=1).total
-        print(f"process {second.pid}: {status} after {time.monotonic() - began:.1f} s, with the start of Python and ZenML")
-        print(f"  replayed from the journal: {len(at_kill)} steps\n  run: {len(new)} steps\n    {_counted(new)}")
-        print(f"  in ZenML: {in_zenml} step runs for {len(at_end)} steps")
+    _title("3. Resume, in a new process")
+    began = time.monotonic()
+    second = resume(folder, run_id)
+    try:
+        follow(second, run_id, began)
+    finally:
+        second.kill()
+    if second.returncode:
+        raise DemoFailed(f"resume failed:\n{(folder / 'second.log').read_text()[-3000:]}")
+    at_end = stored_steps(run_id)
+    new = {path: name for path, name in at_end.items() if path not in at_kill}
+    status = Client().get_pipeline_run(run_id).status.value
+    in_zenml = Client().list_run_steps(pipeline_run_id=run_id, size=1).total
+    print(f"process {second.pid}: {status} after {time.monotonic() - began:.0f} s")
+    print(f"  taken from the journal: {len(at_kill)} steps\n  run: {len(new)} steps\n    {_counted(new)}")
+    print(f"  in ZenML: {in_zenml} step runs for {len(at_end)} steps")
 
-        _title("4. Proof: the calls that tools and model noted themselves")
-        proof = prove(at_kill, at_end, calls_made(calls_file), child.pid)
-        print(f"calls of process {child.pid}: {proof.first_calls}, of process {second.pid}: {proof.second_calls}")
-        print(f"  finished steps that ran again: {len(proof.repeated)}\n  finished steps lost: {proof.lost}")
-        print(f"  in flight at the kill, so called again: {len(proof.in_flight)} ({', '.join(proof.in_flight) or 'none'})")
-        if proof.repeated or proof.lost or status != "completed" or in_zenml != len(at_end):
-            raise DemoFailed(f"a promise is broken: {proof}, {status}, {in_zenml} step runs in ZenML")
+    _title("4. Proof: the calls that tools and model noted themselves")
+    proof = prove(at_kill, at_end, calls_made(calls_file), child.pid)
+    print(f"calls of process {child.pid}: {proof.first_calls}, of process {second.pid}: {proof.second_calls}")
+    print(f"  finished steps that ran again: {len(proof.repeated)}\n  finished steps lost: {proof.lost}")
+    print(f"  in flight at the kill, so called again: {len(proof.in_flight)} ({', '.join(proof.in_flight) or 'none'})")
+    if proof.repeated or proof.lost or status != "completed" or in_zenml != len(at_end):
+        raise DemoFailed(f"a promise is broken: {proof}, {status}, {in_zenml} step runs in ZenML")
 
-        _title("5. The report")
-        print("\n".join((folder / "report" / "report.md").read_text().splitlines()[:16]))
-        print(f"...\n{_short(folder / 'report' / 'report.md')}, {_short(folder / 'report' / 'report.json')}")
+    _title("5. The report")
+    print("\n".join((folder / "report" / "report.md").read_text().splitlines()[:16]))
+    print(f"...\n{_short(folder / 'report' / 'report.md')}, {_short(folder / 'report' / 'report.json')}")
 
-        _title("Where to look")
-        print(look.format(run=run_id))
-    return proof
+    _title("Where to look")
+    if place.ends:
+        print("The servers stop now; `make demo STACK=s3 ARGS=--keep` leaves them up, to look with the CLI and the dashboard.")
+        return
+    print("\n".join(f"export {name}={value}" for name, value in place.settings.items()))
+    rows = [
+        (f"kitaru show {run_id}", "the tree of steps"),
+        (f"kitaru step {run_id} 'audit_package#0/classify#0'", "inputs, output, tokens"),
+        (f"kitaru verify {run_id}", "every hash, and the journal against ZenML"),
+        (place.dashboard, "the dashboard"),
+    ]
+    width = max(len(command) for command, _ in rows)
+    print("\n".join(f"{command:<{width}}  # {what}" for command, what in rows))
+
+
+def follow(process: subprocess.Popen[bytes], run_id: str, began: float) -> None:
+    """Wait for the resuming process; on a terminal, say how far journal and ZenML are."""
+    from zenml.client import Client
+
+    while process.poll() is None:
+        if time.monotonic() - began > PATIENCE:
+            raise DemoFailed(f"resume did not end within {PATIENCE:.0f} s")
+        if sys.stdout.isatty():
+            in_zenml = Client().list_run_steps(pipeline_run_id=run_id, size=1).total
+            print(f"\r  {time.monotonic() - began:.0f} s, {in_zenml} steps in ZenML ", end="", flush=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+    if sys.stdout.isatty():
+        print("\r" + " " * 60 + "\r", end="")
 
 
 def _title(text: str) -> None:
@@ -225,28 +307,32 @@ def _short(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def _for_shell(path: Path) -> str:
+    return f"$PWD/{path.relative_to(ROOT)}" if path.is_relative_to(ROOT) else str(path)
+
+
 def main() -> None:
     """Parse the command line and show."""
-    parser = argparse.ArgumentParser(prog="python -m examples.license_audit.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.license_audit.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stack", choices=("local", "s3"), default="local")
     parser.add_argument("--folder", type=Path, default=ROOT / ".kitaru-demo", help="everything is written there (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="audit only these distributions")
+    parser.add_argument("--keep", action="store_true", help="with --stack s3: leave the servers up until Enter")
     options = parser.parse_args()
     folder = options.folder.resolve() / options.stack
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(ZENML_ANALYTICS_OPT_IN="false", ZENML_LOGGING_VERBOSITY="ERROR", ZENML_ENABLE_RICH_TRACEBACK="false")
-    config = f"export ZENML_CONFIG_PATH={_short(folder / 'zenml')}\n"
+    stack = s3_stack(folder, options.keep) if options.stack == "s3" else local_stack(folder)
+    quiet = {"ZENML_ANALYTICS_OPT_IN": "false", "ZENML_LOGGING_VERBOSITY": "ERROR", "AUTO_OPEN_DASHBOARD": "false"}
     try:
-        with local_stack(folder) as where:
-            show(folder, where, options.only, config + _COMMANDS + "zenml login --local               # the dashboard")
+        with _environment(**quiet, **{CALLS: str(folder / "calls.jsonl")}), stack as place:
+            show(folder, place, options.only)
+            if options.stack == "s3" and options.keep:
+                input("\nThe servers are up until you press Enter.")
     except DemoFailed as failure:
         sys.exit(f"\nThe demo failed: {failure}")
 
-
-_COMMANDS = """kitaru show {run}      # the tree of steps
-kitaru step {run} 'classify#0'     # inputs, output, attempts, tokens
-kitaru verify {run}    # every hash, and the journal against ZenML
-"""
 
 if __name__ == "__main__":
     main()

@@ -85,8 +85,8 @@ def classify(metadata: Metadata, texts: list[LicenceText]) -> Classification:
 
 def declaration(metadata: Metadata) -> tuple[str | None, str]:
     """What the metadata declare as an expression, and where: the first of expression, classifiers and licence field that says it."""
-    if metadata.expression:
-        return metadata.expression, "licence expression"
+    if expression := spdx.as_expression(metadata.expression):
+        return expression, "licence expression"
     by_field = spdx.meaning(metadata.licence_field or "")
     by_classifier = list(dict.fromkeys(name for c in metadata.classifiers for name in spdx.meaning(c)))
     if by_classifier == [spdx.ANY_BSD] and by_field and "BSD" in by_field[0]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 ANY_BSD = "LicenseRef-BSD"  # "BSD", without a word on which
+_NAME = re.compile(r"[\w.+:-]+")
 _TOKEN = re.compile(r"\(|\)|[^\s()]+")
 
 _MEANINGS = (  # pattern over free text or a classifier -> identifier; the first that fits counts
@@ -40,6 +41,15 @@ def meaning(text: str) -> list[str]:
     if re.fullmatch(r"[\w.+-]+(\s+(AND|OR|WITH)\s+[\w.+-]+)+", text.strip()):
         return identifiers(text)
     return next(([name] for pattern, name in _MEANINGS if re.search(pattern, text.lower())), [])
+
+
+def as_expression(declared: str | None) -> str | None:
+    """A declared expression as it is, or what it means if it is none; `None` if it means nothing."""
+    try:
+        identifiers(declared or "")
+    except ValueError:
+        return " OR ".join(meaning(declared or "")) or None
+    return declared
 
 
 def fits(one: str, other: str) -> bool:
@@ -86,7 +96,7 @@ def evaluate(expression: str, licence: Callable[[str], T], any_of: Callable[[lis
             if take() != ")":
                 raise ValueError(f"`{expression}` is not an SPDX expression: a parenthesis is open")
             return value
-        if token.upper() in (")", "AND", "OR", "WITH"):
+        if token.upper() in ("AND", "OR", "WITH") or not _NAME.fullmatch(token):
             raise ValueError(f"`{expression}` is not an SPDX expression: `{token}` where a licence should be")
         if tokens and tokens[0].upper() == "WITH":
             take()

@@ -98,9 +98,10 @@ def read_policy(path: str) -> Policy:
 
 def cross_check(metadata: Metadata, classification: Classification) -> list[Discrepancy]:
     """What expression, licence field, classifiers and texts of a distribution tell differently."""
+    expression = spdx.as_expression(metadata.expression)
     in_texts = list(dict.fromkeys(found.licence for found in classification.found))
     by_source = {
-        "The licence expression": spdx.identifiers(metadata.expression) if metadata.expression else [],
+        "The licence expression": spdx.identifiers(expression) if expression else [],
         "The licence field": spdx.meaning(metadata.licence_field or ""),
         "The classifiers": [name for c in metadata.classifiers for name in spdx.meaning(c)],
     }

@@ -85,6 +85,7 @@ class Server:
 
     url: str
     api_key: str
+    password: str = ""  # of user `default`, for its dashboard
 
     def client_env(self, config: Path) -> dict[str, str]:
         """Environment of a client process with a ZenML configuration folder of its own that talks to this server."""
@@ -133,7 +134,7 @@ def zenml_server(folder: Path) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     with process([*command, "--log-level", "warning"], env=env, log=folder / "server.log") as server:
         await_http(f"{url}/health", server, seconds=90, log=folder / "server.log")
-        yield Server(url, _service_key(url, password))
+        yield Server(url, _service_key(url, password), password)
 
 
 def _service_key(url: str, password: str) -> str:
@@ -228,13 +229,27 @@ def ceph_s3(folder: Path, bucket: str = "kitaru") -> Iterator[S3]:
         run("ceph", *given, "--connect-timeout", "30", "-s")
         start("ceph-mgr", "-i", "a")
         run("ceph", *given, "osd", "new", fsid, "0")
-        run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", fsid, *given)
-        start("ceph-osd", "-i", "0")
+        run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", fsid, "--monmap", str(folder / "monmap"), *given)
+        for _ in range(8):  # it gives up if it speaks before it has the monitor's map ("wrong fsid")
+            osd = start("ceph-osd", "-i", "0")
+            if _is_up(osd, given):
+                break
         user = ["user", "create", "--uid=test", "--display-name=test", "--access-key=k", "--secret-key=s"]
         run("radosgw-admin", *given, *user, seconds=120)
         gateway = start("radosgw", "-n", "client.rgw")
         await_http(f"http://127.0.0.1:{port}/", gateway, seconds=60, log=folder / "radosgw.out")
         yield S3(f"http://127.0.0.1:{port}", "k", "s", "").with_bucket(bucket)
+
+
+def _is_up(osd: subprocess.Popen[bytes], given: list[str]) -> bool:
+    for _ in range(60):
+        if osd.poll() is not None:
+            return False
+        stat = subprocess.run(["ceph", *given, "osd", "stat", "--format", "json"], capture_output=True, text=True, timeout=60)
+        if stat.returncode == 0 and json.loads(stat.stdout)["num_up_osds"]:
+            return True
+        time.sleep(0.3)
+    return False
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------

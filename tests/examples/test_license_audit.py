@@ -184,11 +184,15 @@ def test_what_is_no_expression_is_refused(broken: str) -> None:
         spdx.identifiers(broken)
 
 
-def test_a_declaration_that_is_no_expression_is_reported_not_fatal() -> None:
-    answer = read(MIT, expression="MIT/X11 or so")
-    problems = tools.cross_check(Metadata(name="thing", version="1.0", expression="MIT/X11 or so"), answer)
+@pytest.mark.parametrize(
+    ("declared", "kinds"),
+    [("MIT/X11 or so", []), ("Whatever (see file)", ["no declaration"]), ("BSD, mostly", ["contradiction", "undeclared"])],
+)
+def test_a_declaration_that_is_no_expression_is_understood_or_reported_but_never_fatal(declared: str, kinds: list[str]) -> None:
+    answer = read(MIT, expression=declared)
+    problems = tools.cross_check(Metadata(name="thing", version="1.0", expression=declared), answer)
     assert answer.expression == "MIT"
-    assert [p.kind for p in problems] == ["contradiction"]
+    assert [p.kind for p in problems] == kinds
 
 
 # --- a real provider -----------------------------------------------------------------------------------------------------
