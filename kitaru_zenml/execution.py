@@ -27,7 +27,7 @@ from kitaru_zenml.identity import HERE, Branch, Here, install_task_factory
 from kitaru_zenml.inputs import resolve_inputs
 from kitaru_zenml.journal.journal import AnyEvent, Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease
-from kitaru_zenml.journal.records import LegClosedEvent, StepRecord, chain_root
+from kitaru_zenml.journal.records import LegClosedEvent, StepRecord, chain_root, display_name
 from kitaru_zenml.options import FlowOptions, OnDrift
 
 if TYPE_CHECKING:
@@ -55,6 +55,23 @@ class Ended:
     def superseded(self) -> bool:
         """Whether another process has the run now, so that this one must not touch it."""
         return isinstance(self.error, LeaseLost)
+
+
+@dataclass(frozen=True)
+class LegSummary:
+    """What a leg did.
+
+    Attributes:
+        replayed: Finished steps that were answered from the journal.
+        ran: Steps that ran.
+        vanished: Finished steps that the code did not ask for, by name, if the leg came to the flow's end.
+        code_changed: Whether the flow's source file is another than when the run began.
+    """
+
+    replayed: int = 0
+    ran: int = 0
+    vanished: tuple[str, ...] = ()
+    code_changed: bool = False
 
 
 class Execution:
@@ -106,6 +123,14 @@ class Execution:
     def input_trees(self, record: StepRecord) -> dict[str, Any]:
         """The whole inputs of a record, for a person."""
         return input_trees(self.journal, record)
+
+    def summary(self, ended: Ended, code_changed: bool) -> LegSummary:
+        """What this leg did."""
+        engine = self.engine
+        vanished = () if ended.error is not None or self._root_record is not None else engine.unclaimed()
+        names = tuple(display_name(k.scope.name, k.scope.ordinal, k.scope.key) for k in vanished)
+        flow_itself = int(ended.error is None and self._root_record is None)
+        return LegSummary(engine.replayed, engine.ran - flow_itself, names, code_changed)
 
     # --- running the flow ---
 

@@ -94,7 +94,7 @@ class Flow(DynamicPipeline, Generic[P, R]):
         if report.error is not None:
             raise report.error
         assert run is not None
-        return RunHandle(run.id)
+        return RunHandle(run.id, report.summary)
 
     def _run(self) -> PipelineRunResponse | None:
         """Where every way of starting a pipeline ends up (`flow()`, `run`, a schedule)."""

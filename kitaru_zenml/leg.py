@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,12 +36,12 @@ from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure
 from kitaru_zenml.engine import paths_on_chain
 from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, WrongArtifactStore
-from kitaru_zenml.execution import Ended, Execution, input_trees
+from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
-from kitaru_zenml.journal.lease import HeldLease, take_lease
+from kitaru_zenml.journal.lease import HeldLease, is_gone, take_lease
 from kitaru_zenml.journal.records import RetryEvent, RunInfo
-from kitaru_zenml.lineage.failure import build_report, register_failure
+from kitaru_zenml.lineage.failure import FailureReport, build_report, register_failure
 from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 from kitaru_zenml.lineage.recorder import Recorder
 from kitaru_zenml.options import OnDrift
@@ -61,7 +61,7 @@ class Report:
     on_started: Callable[[UUID], None]
     error: BaseException | None = None
     handed: tuple[HeldLease, Snapshot] | None = None  # taken by resume, so that nobody comes in between
-    marks: dict[str, float] = field(default_factory=dict)
+    summary: LegSummary | None = None
 
 
 _REPORT: ContextVar[Report | None] = ContextVar("kitaru_report", default=None)
@@ -161,7 +161,7 @@ def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
     assert context is not None, "ZenML calls the entrypoint within a run"
     run, runner = context.run, context.runner
     report = _REPORT.get()
-    fence = _Fence(runner, flow.name)
+    fence = _Fence(runner)
     try:
         ended = _run_leg(flow, parameters, run, runner, fence, report)
     except (RunIsLeased, LeaseLost) as error:
@@ -218,6 +218,10 @@ def _run_leg(
         snapshot.records.clear()  # the engine holds what it needs until it is delivered
         ended = execution.run(flow.__wrapped__, parameters, flow.name, inspect.signature(flow.__wrapped__).return_annotation)
         fence.guard(execution, recorder, ended)
+        if report is not None:
+            report.summary = execution.summary(
+                ended, code_changed=bool(info.code) and info.code != code_digest(flow.__wrapped__)
+            )
         return ended
     except BaseException:
         lease.release()
@@ -253,8 +257,8 @@ def code_digest(function: Callable[..., Any]) -> str:
 class _Fence:
     """Stands before everything that ZenML's runner publishes about the run's end."""
 
-    def __init__(self, runner: DynamicPipelineRunner, flow: str) -> None:
-        self.closed, self._flow = False, flow
+    def __init__(self, runner: DynamicPipelineRunner) -> None:
+        self.closed = False
         self._runner, self._publish, self._hooks = runner, runner._publish_run_status, runner._fire_terminal_run_hooks
         self._guard: tuple[Execution, Recorder, Ended] | None = None
         runner._publish_run_status = self._publish_run_status  # type: ignore[method-assign]
@@ -285,7 +289,7 @@ class _Fence:
             execution.lease.check()
             if ended.error is not None:
                 epoch = execution.lease.epoch
-                report_failure(self._runner.run, self._flow, execution.journal, epoch, "raised", ended.error)
+                report_failure(self._runner.run, execution.journal, epoch, "raised", ended.error)
             _patiently(lambda: _log_root(execution))
             execution.lease.check()
             _patiently(lambda: self._publish(return_value=return_value, exception=exception))
@@ -304,9 +308,41 @@ class _Fence:
             self._hooks(*args, **kwargs)
 
 
+def failure_report(
+    run: PipelineRunResponse,
+    journal: Journal,
+    epoch: int,
+    ending: Literal["raised", "found dead"],
+    error: BaseException | None = None,
+) -> FailureReport:
+    """Why and where a leg ended."""
+    beat, snapshot = journal.beat(epoch), journal.load()
+    return build_report(
+        run_id=str(run.id),
+        flow=snapshot.info.flow if snapshot.info else "",
+        epoch=epoch,
+        at=datetime.now(UTC),
+        ending=ending,
+        records=snapshot.records,
+        failure=encode_failure(error) if error is not None else None,
+        in_flight=beat.in_flight if beat is not None and ending == "found dead" else (),
+        failed_paths=paths_on_chain(error) if error is not None else (),
+        inputs_of=lambda record: input_trees(journal, record),
+    )
+
+
+def found_dead(run: PipelineRunResponse, journal: Journal) -> int | None:
+    """The epoch of the leg whose process is gone without having ended the run; `None` if there is none."""
+    leases = journal.leases()
+    if run.status.is_finished or not leases:
+        return None
+    beat = journal.beat(leases[-1].epoch)
+    gone = (beat is not None and beat.released) or is_gone(leases[-1].holder)
+    return leases[-1].epoch if gone else None
+
+
 def report_failure(
     run: PipelineRunResponse,
-    flow: str,
     journal: Journal,
     epoch: int,
     ending: Literal["raised", "found dead"],
@@ -314,19 +350,7 @@ def report_failure(
 ) -> None:
     """Register the failure artifact of a leg. Never in the way of what follows: the journal says the same, less handily."""
     try:
-        beat, store = journal.beat(epoch), artifact_store_of(run)
-        report = build_report(
-            run_id=str(run.id),
-            flow=flow,
-            epoch=epoch,
-            at=datetime.now(UTC),
-            ending=ending,
-            records=journal.load().records,
-            failure=encode_failure(error) if error is not None else None,
-            in_flight=beat.in_flight if beat is not None and ending == "found dead" else (),
-            failed_paths=paths_on_chain(error) if error is not None else (),
-            inputs_of=lambda record: input_trees(journal, record),
-        )
+        report, store = failure_report(run, journal, epoch, ending, error), artifact_store_of(run)
         register_failure(report, run=run, store=journal.store, artifact_store_id=store.id, artifact_store_root=store.path)
     except Exception as problem:
         logger.warning("run %s: its failure artifact could not be registered: %s", run.id, problem)

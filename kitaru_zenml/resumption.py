@@ -83,7 +83,7 @@ def resume(
         _reopen(journal, snapshot, lease, on_drift, retry)
         found_dead = found.status == ExecutionStatus.RUNNING
         if found_dead and snapshot.info is not None and "/" not in snapshot.current():
-            leg.report_failure(found, snapshot.info.flow, journal, lease.epoch - 1, "found dead")
+            leg.report_failure(found, journal, lease.epoch - 1, "found dead")
         return _continue(found, lease, snapshot)
     except BaseException:
         lease.release()
@@ -103,7 +103,7 @@ def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot) ->
             stack.orchestrator.resume_run(snapshot=run.snapshot, run=run, stack=stack)
     if report.error is not None:
         raise report.error
-    return RunHandle(run.id)
+    return RunHandle(run.id, report.summary)
 
 
 def _to_resuming(run: PipelineRunResponse) -> PipelineRunResponse:

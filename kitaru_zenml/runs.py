@@ -21,6 +21,8 @@ from kitaru_zenml.options import FlowOptions
 if TYPE_CHECKING:
     from zenml.artifact_stores import BaseArtifactStore
 
+    from kitaru_zenml.execution import LegSummary
+
 R = TypeVar("R")
 EXTRA = "kitaru"  # under this name the flow's options travel in the pipeline's configuration
 
@@ -112,8 +114,9 @@ def result_of(run: PipelineRunResponse, journal: Journal, snapshot: Snapshot) ->
 class RunHandle(Generic[R]):
     """A run that was started or resumed."""
 
-    def __init__(self, run_id: UUID | str) -> None:
+    def __init__(self, run_id: UUID | str, leg: LegSummary | None = None) -> None:
         self.id = str(run_id)
+        self.leg = leg  # what was replayed and what ran, if this process executed the run
 
     def __repr__(self) -> str:
         return f"RunHandle({self.id!r})"
