@@ -20,7 +20,7 @@ from uuid import UUID
 
 from pydantic_core import from_json
 from zenml.exceptions import EntityExistsError
-from zenml.models import ArtifactVersionFilter, StepRunFilter, StepRunResponse
+from zenml.models import ArtifactVersionFilter, StepRunFilter, StepRunResponse, StepRunUpdate
 
 from kitaru_zenml.errors import CorruptRecord, KitaruError
 from kitaru_zenml.inputs import references
@@ -131,7 +131,7 @@ class Registration:
             if mark is None:
                 continue
             key = mark["key"]
-            if "attempt" in mark or ("noted" in mark and MARK not in step.run_metadata):
+            if "attempt" in mark or _is_torn(step) or ("noted" in mark and MARK not in step.run_metadata):
                 partly.add(key)
             else:
                 self.places.put(key, place_of(step))
@@ -288,9 +288,19 @@ class Registration:
         pending.name = name
         for step in ours:
             if "attempt" not in (mark_of(step) or {}):
+                if _is_torn(step):
+                    self._complete(step, pending)
                 pending.step_run = step.id
                 return
         self._create_versions(pending, name, made=len(ours), earlier=len(others))
+
+    def _complete(self, step: StepRunResponse, pending: Pending) -> None:
+        """Add what a step run lacks that ZenML stored in part: it commits the row first, then what it is linked to."""
+        assert pending.artifact is not None, "artifact versions are made before their step runs"
+        edges = translate.edges_of(references(pending.record.inputs), pending.record.after, self.places.get)
+        inputs = {name: versions[0] for name, versions in edges.inputs.items() if name not in step.inputs}
+        outputs = {translate.output_name(pending.record): [pending.artifact]}
+        self.zen.update_run_step(step.id, StepRunUpdate(outputs=outputs, loaded_artifact_versions=inputs))
 
     def _suffixes(self, record: StepRecord) -> list[str]:
         generation = f"~g{record.generation}" if record.generation else ""
@@ -313,6 +323,11 @@ def mark_of(step: StepRunResponse) -> dict[str, Any] | None:
     """Which record a hydrated step run is of; `None` for one that kitaru did not register."""
     mark = step.config.extra.get(MARK)
     return mark if isinstance(mark, dict) and "key" in mark else None
+
+
+def _is_torn(step: StepRunResponse) -> bool:
+    """Whether ZenML stored a step run without its outcome: every record has one, as output or as failure."""
+    return not step.outputs and "attempt" not in (mark_of(step) or {})
 
 
 def place_of(step: StepRunResponse) -> Place:
