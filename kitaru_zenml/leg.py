@@ -35,7 +35,7 @@ import kitaru_zenml
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure
 from kitaru_zenml.engine import paths_on_chain
-from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, WrongArtifactStore
+from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, StoreUnavailable, WrongArtifactStore
 from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
@@ -283,7 +283,8 @@ class _Fence:
             return
         execution, recorder, ended = self._guard
         try:
-            drained = recorder.drain(DRAIN_PATIENCE)
+            # A store that failed the run fails lineage too, which a resume completes: no use in waiting for it.
+            drained = recorder.drain(5 if isinstance(ended.error, StoreUnavailable) else DRAIN_PATIENCE)
             if drained.pending:
                 logger.error("run %s: %d steps are not in ZenML yet: %s", execution.run_id, drained.pending, drained.error)
             execution.lease.check()

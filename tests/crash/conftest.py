@@ -50,8 +50,9 @@ def stacks(world: World) -> dict[str, tuple[str, Any]]:
 
 
 @pytest.fixture
-def new_case(world: World, stacks: dict[str, tuple[str, Any]], request: pytest.FixtureRequest) -> Callable[..., Case]:
-    """Makes a case on a kind of store: `new_case("local")`."""
+def new_case(world: World, stacks: dict[str, tuple[str, Any]], request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
+    """Makes a case on a kind of store: `new_case("local")`. What still runs at the end of the test is killed."""
+    cases: list[Case] = []
 
     def make(kind: str = "local", **env: str) -> Case:
         if kind not in stacks:
@@ -63,6 +64,9 @@ def new_case(world: World, stacks: dict[str, tuple[str, Any]], request: pytest.F
                 found = world.register(kind, s3.artifact_store_config("crash"))
                 stacks[kind] = found["id"], s3_store(s3, "crash")
         stack, store = stacks[kind]
-        return Case(world.zygote, fresh_folder(world.folder), store, {"ZENML_ACTIVE_STACK_ID": stack, **env})
+        cases.append(Case(world.zygote, fresh_folder(world.folder), store, {"ZENML_ACTIVE_STACK_ID": stack, **env}))
+        return cases[-1]
 
-    return make
+    yield make
+    for case in cases:
+        case.end()

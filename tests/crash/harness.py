@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +29,7 @@ class Zygote:
     """The process that forks legs; see `zygote`."""
 
     def __init__(self, env: dict[str, str]) -> None:
+        self.database = Path(env["ZENML_CONFIG_PATH"]) / "local_stores" / "default_zen_store" / "zenml.db"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT, text=True
         )
@@ -64,6 +69,25 @@ class Leg:
     zygote: Zygote
     exit: int | None = None
 
+    def stop(self, database: Path) -> None:
+        """SIGSTOP, at a moment when it does not hold SQLite's lock: a stopped process that does stops everybody, whatever we do."""
+        while True:
+            os.kill(self.pid, signal.SIGSTOP)
+            with contextlib.closing(sqlite3.connect(database, timeout=0.3, isolation_level=None)) as connection:
+                try:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("ROLLBACK")
+                    return
+                except sqlite3.OperationalError:
+                    os.kill(self.pid, signal.SIGCONT)
+                    time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        if self.exit is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
     def wait(self) -> int:
         """Until it ends; its exit code, negative for a signal."""
         if self.exit is None:
@@ -99,6 +123,7 @@ class Case:
         self.effects = self.folder / "effects"
         self.effects.touch()
         self.known = set(self._run_ids())
+        self.legs: list[Leg] = []
 
     def _run_ids(self) -> list[str]:
         names = self.store.list("kitaru/")
@@ -110,7 +135,13 @@ class Case:
         answer, log, ops = (self.folder / f"{number}.{kind}" for kind in ("answer", "log", "ops"))
         env = {**self.env, "CRASH_EFFECTS": str(self.effects)}
         told = {"do": do, "env": env, "answer": str(answer), "log": str(log), "ops": str(ops), **order}
-        return Leg(self.zygote.ask(told)["pid"], answer, log, ops, self.zygote)
+        self.legs.append(Leg(self.zygote.ask(told)["pid"], answer, log, ops, self.zygote))
+        return self.legs[-1]
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for leg in self.legs:
+            leg.kill()
 
     @property
     def run(self) -> str | None:
@@ -118,10 +149,6 @@ class Case:
         found = [run for run in self._run_ids() if run not in self.known]
         assert len(found) < 2, found
         return found[0] if found else None
-
-    def newest_zenml_run(self) -> str | None:
-        """The run's id if it was killed before it had a journal."""
-        return self.run
 
     def recorded(self) -> set[str]:
         """Paths that have a record now."""
