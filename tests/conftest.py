@@ -35,6 +35,9 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_zenml() -> Iterator[None]:
+    from zenml.utils import source_utils
+
+    source_utils.set_custom_source_root(str(Path(__file__).resolve().parents[1]))  # a test process has no main file to go by
     yield
     shutil.rmtree(_zenml, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -53,20 +54,21 @@ class Proof:
 
 def start(folder: Path, only: list[str] | None) -> subprocess.Popen[bytes]:
     """Start the audit in a child process."""
-    command = ["--report", str(folder / "report")] + (["--only", *only] if only else [])
-    return _python(folder / "first.log", "-m", "examples.license_audit", *command)
+    command = [sys.executable, "-m", "examples.license_audit", "--report", str(folder / "report")]
+    return _child([*command, *(["--only", *only] if only else [])], folder / "first.log", folder / "first.log")
 
 
 def resume(folder: Path, run_id: str) -> subprocess.Popen[bytes]:
-    """Continue the run in a new process."""
-    return _python(folder / "second.log", "-m", "examples.license_audit", "--resume", run_id)
+    """Continue the run in a new process, which knows nothing but its id: `kitaru resume RUN`."""
+    kitaru = Path(sys.executable).with_name("kitaru")
+    return _child([str(kitaru), "resume", run_id, "--output", "json"], folder / "second.json", folder / "second.log")
 
 
-def _python(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
+def _child(command: list[str], out: Path, err: Path) -> subprocess.Popen[bytes]:
+    with contextlib.ExitStack() as files:
+        stdout = files.enter_context(out.open("wb"))
+        stderr = stdout if err == out else files.enter_context(err.open("wb"))
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
 
 
 def newest_run() -> str | None:
@@ -235,7 +237,7 @@ def show(folder: Path, place: Place, only: list[str] | None) -> None:
         child.kill()
     print(f"kill -9 {child.pid}: the journal holds {len(at_kill)} finished steps\n  {_counted(at_kill)}")
 
-    _title("3. Resume, in a new process")
+    _title(f"3. Resume, in a new process: kitaru resume {run_id}")
     began = time.monotonic()
     second = resume(folder, run_id)
     try:
@@ -244,12 +246,16 @@ def show(folder: Path, place: Place, only: list[str] | None) -> None:
         second.kill()
     if second.returncode:
         raise DemoFailed(f"resume failed:\n{(folder / 'second.log').read_text()[-3000:]}")
+    said = json.loads((folder / "second.json").read_text())
     at_end = stored_steps(run_id)
     new = {path: name for path, name in at_end.items() if path not in at_kill}
     status = Client().get_pipeline_run(run_id).status.value
     in_zenml = Client().list_run_steps(pipeline_run_id=run_id, size=1).total
     print(f"process {second.pid}: {status} after {time.monotonic() - began:.0f} s")
-    print(f"  taken from the journal: {len(at_kill)} steps\n  run: {len(new)} steps\n    {_counted(new)}")
+    print(
+        f"  from the journal: {len(at_kill)} steps, of which the code asked for {said['replayed']}; the others are inside those"
+    )
+    print(f"  run: {len(new)} steps\n    {_counted(new)}")
     print(f"  in ZenML: {in_zenml} step runs for {len(at_end)} steps")
 
     _title("4. Proof: the calls that tools and model noted themselves")

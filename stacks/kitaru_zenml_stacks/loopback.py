@@ -104,10 +104,14 @@ def moto_s3(bucket: str = "kitaru") -> Iterator[S3]:
 
 
 @contextlib.contextmanager
-def zenml_server(folder: Path) -> Iterator[Server]:
-    """A real ZenML server with its own SQLite database below `folder`, its default user activated and onboarded."""
-    port, password = free_port(), secrets.token_urlsafe(12)
+def zenml_server(folder: Path, port: int | None = None) -> Iterator[Server]:
+    """A real ZenML server with its own SQLite database below `folder`, its default user activated and onboarded.
+
+    A second one on the same folder and port is the same server, started again.
+    """
+    port = port or free_port()
     (folder / "config").mkdir(parents=True, exist_ok=True)
+    password = secrets.token_urlsafe(12)
     env = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
     env |= {
         "ZENML_CONFIG_PATH": str(folder / "config"),
@@ -134,7 +138,10 @@ def zenml_server(folder: Path) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     with process([*command, "--log-level", "warning"], env=env, log=folder / "server.log") as server:
         await_http(f"{url}/health", server, seconds=90, log=folder / "server.log")
-        yield Server(url, _service_key(url, password), password)
+        kept = folder / "server.json"
+        if not kept.exists():
+            kept.write_text(json.dumps({"api_key": _service_key(url, password), "password": password}))
+        yield Server(url, **json.loads(kept.read_text()))
 
 
 def _service_key(url: str, password: str) -> str:
