@@ -249,6 +249,8 @@ def show(folder: Path, place: Place, only: list[str] | None) -> None:
     said = json.loads((folder / "second.json").read_text())
     at_end = stored_steps(run_id)
     new = {path: name for path, name in at_end.items() if path not in at_kill}
+    if not new:
+        raise DemoFailed("the kill came too late, every step had finished: slow the model down with LICENSE_AUDIT_LATENCY=0.5")
     status = Client().get_pipeline_run(run_id).status.value
     in_zenml = Client().list_run_steps(pipeline_run_id=run_id, size=1).total
     print(f"process {second.pid}: {status} after {time.monotonic() - began:.0f} s")

@@ -5,6 +5,7 @@ It really reads the licence texts. It answers as a model does: after a moment, w
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
@@ -21,7 +22,7 @@ from examples.license_audit.records import (
 )
 
 NAME = "scripted model (rules, no LLM)"
-LATENCY = 0.05  # seconds an answer takes
+LATENCY = float(os.environ.get("LICENSE_AUDIT_LATENCY", "0.05"))  # seconds that an answer takes
 
 _MIT = r"permission is hereby granted, free of charge, to any person obtaining a copy"
 _BSD = r"redistribution and use in source and binary forms"

@@ -80,7 +80,7 @@ def _fail(error: Exception, output: str, message: str, attributes: dict[str, Any
 def _said(error: Exception) -> str:
     from kitaru_zenml.leg import is_unreachable
 
-    if is_unreachable(error):
+    if is_unreachable(error) and not getattr(error, "__notes__", ()):  # a flow's own error has a note that names its run
         return f"ZenML cannot be reached: {error}. Check the connection with `zenml status`; the journal of a run is safe meanwhile."
     return f"{type(error).__name__}: {error}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -289,17 +290,29 @@ SOME = [
 ]
 
 
-@pytest.mark.timeout(180)
-def test_the_demo_kills_and_resumes_an_audit_and_no_finished_call_is_made_twice(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "examples.license_audit.demo", "--folder", str(tmp_path), "--only", *SOME]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, stdin=subprocess.DEVNULL)
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("stack", ["local", pytest.param("s3", marks=pytest.mark.server)])
+def test_the_demo_kills_and_resumes_an_audit_and_no_finished_call_is_made_twice(stack: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "examples.license_audit.demo",
+        "--stack",
+        stack,
+        "--folder",
+        str(tmp_path),
+        "--only",
+        *SOME,
+    ]
+    slowly = {**os.environ, "LICENSE_AUDIT_LATENCY": "0.5"}  # so few distributions are done in no time
+    shown = subprocess.run(command, cwd=ROOT, env=slowly, capture_output=True, text=True, timeout=230, stdin=subprocess.DEVNULL)
 
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "finished steps that ran again: 0" in shown.stdout
     assert scripted.NAME in shown.stdout
-    calls = calls_made(tmp_path / "local" / "calls.jsonl")
+    calls = calls_made(tmp_path / stack / "calls.jsonl")
     assert len({call.pid for call in calls}) == 2, "one process was killed, another one resumed"
-    report = json.loads((tmp_path / "local" / "report" / "report.json").read_text())
+    report = json.loads((tmp_path / stack / "report" / "report.json").read_text())
     assert sorted(p["metadata"]["name"] for p in report["packages"]) == sorted(SOME)
 
 
