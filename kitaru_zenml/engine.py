@@ -166,6 +166,11 @@ class Engine:
             found = self._scopes[path] = _Scope()
         return found
 
+    @property
+    def activity(self) -> int:
+        """Changes with every call."""
+        return self._activity
+
     def unclaimed(self) -> list[Known]:
         """Finished steps that the code has not asked for."""
         with self.lock:
@@ -574,7 +579,7 @@ class Engine:
 
     def _recorded(self, key: str, display: str, record: StepRecord) -> Steps:
         if self.execution.on_progress:
-            self.execution.on_progress("failed" if record.failure else "finished", display)
+            self.execution.on_progress("failed" if record.failure else "finished", display, record.usage)
         if self.execution.options.lineage == "sync":
             yield Perform(lambda: self.execution.register_now(key))
         else:

@@ -32,9 +32,9 @@ from kitaru_zenml.options import FlowOptions, OnDrift
 
 if TYPE_CHECKING:
     from kitaru_zenml.lineage.recorder import Recorder
+    from kitaru_zenml.progress import Hook
 
 logger = logging.getLogger("kitaru_zenml")
-Progress = Callable[[str, str], None]
 
 _live: set[Execution] = set()  # what of flows runs in this process, to refuse calls that lost their run
 
@@ -87,7 +87,7 @@ class Execution:
         on_drift: OnDrift,
         recorder: Recorder | None,
         materializers: codec.Materializers | None,
-        on_progress: Progress | None = None,
+        on_progress: Hook | None = None,
     ) -> None:
         self.run_id, self.journal, self.store, self.lease = journal.run_id, journal, journal.store, lease
         self.options, self.recorder, self.materializers, self.on_progress = options, recorder, materializers, on_progress

@@ -36,7 +36,6 @@ class Flow(DynamicPipeline, Generic[P, R]):
 
     def __init__(self, *, function: Callable[P, Any], name: str, options: FlowOptions, **zenml: Any) -> None:
         check_name(name)
-        self.options = options
         extra = {**(zenml.pop("extra", None) or {}), EXTRA: asdict(options)}
         super().__init__(name=name, entrypoint=function, extra=extra, **zenml)
         self.__wrapped__ = function
@@ -47,9 +46,12 @@ class Flow(DynamicPipeline, Generic[P, R]):
         ours = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
         merged = replace(self.options, **ours)
         extra = {**self.configuration.extra, **options.pop("extra", {}), EXTRA: asdict(merged)}
-        copy = cast(Flow[P, R], super().with_options(*args, extra=extra, **options))
-        copy.options = merged
-        return copy
+        return cast(Flow[P, R], super().with_options(*args, extra=extra, **options))
+
+    @property
+    def options(self) -> FlowOptions:
+        """How its runs are kept. They travel in the pipeline's configuration: a run finds those it was started with."""
+        return FlowOptions(**self.configuration.extra[EXTRA])
 
     # --- start ---
 

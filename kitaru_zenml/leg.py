@@ -32,6 +32,7 @@ from zenml.stack import Stack
 from zenml.utils import source_utils
 
 import kitaru_zenml
+from kitaru_zenml import progress
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure
 from kitaru_zenml.engine import paths_on_chain
@@ -163,7 +164,8 @@ def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
     report = _REPORT.get()
     fence = _Fence(runner)
     try:
-        ended = _run_leg(flow, parameters, run, runner, fence, report)
+        with progress.shown(flow.name, str(run.id)) as shown:
+            ended = _run_leg(flow, parameters, run, runner, fence, report, shown)
     except (RunIsLeased, LeaseLost) as error:
         ended = Ended(error=error)
         fence.close()
@@ -185,6 +187,7 @@ def _run_leg(
     runner: DynamicPipelineRunner,
     fence: _Fence,
     report: Report | None,
+    shown: progress.RunProgress | None,
 ) -> Ended:
     artifact_store = runner._stack.artifact_store
     journal = Journal(open_store(artifact_store), str(run.id))
@@ -208,8 +211,9 @@ def _run_leg(
         )
         execution = Execution(
             journal=journal, lease=lease, snapshot=snapshot, options=flow.options, on_drift=_drift_choice(snapshot, lease, flow),
-            recorder=recorder, materializers=ZenMLMaterializers(artifact_store),
+            recorder=recorder, materializers=ZenMLMaterializers(artifact_store), on_progress=shown.note if shown else None,
         )  # fmt: skip
+        recorder.watch(lambda: execution.engine.activity)
         recorder.start()
         if snapshot.records:
             recorder.reconcile_later(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
@@ -218,6 +222,8 @@ def _run_leg(
         snapshot.records.clear()  # the engine holds what it needs until it is delivered
         ended = execution.run(flow.__wrapped__, parameters, flow.name, inspect.signature(flow.__wrapped__).return_annotation)
         fence.guard(execution, recorder, ended)
+        if shown is not None:
+            shown.ended(ended.error)
         if report is not None:
             report.summary = execution.summary(
                 ended, code_changed=bool(info.code) and info.code != code_digest(flow.__wrapped__)
@@ -315,9 +321,10 @@ def failure_report(
     epoch: int,
     ending: Literal["raised", "found dead"],
     error: BaseException | None = None,
+    snapshot: Snapshot | None = None,
 ) -> FailureReport:
-    """Why and where a leg ended."""
-    beat, snapshot = journal.beat(epoch), journal.load()
+    """Why and where a leg ended; `snapshot` is the journal if it is at hand."""
+    beat, snapshot = journal.beat(epoch), snapshot or journal.load()
     return build_report(
         run_id=str(run.id),
         flow=snapshot.info.flow if snapshot.info else "",
@@ -334,8 +341,8 @@ def failure_report(
 
 def found_dead(run: PipelineRunResponse, journal: Journal) -> int | None:
     """The epoch of the leg whose process is gone without having ended the run; `None` if there is none."""
-    leases = journal.leases()
-    if run.status.is_finished or not leases:
+    leases = [lease for lease in journal.leases() if lease.purpose != "settle"]
+    if run.status.is_finished or run.status.value == "paused" or not leases:
         return None
     beat = journal.beat(leases[-1].epoch)
     gone = (beat is not None and beat.released) or is_gone(leases[-1].holder)
@@ -348,10 +355,11 @@ def report_failure(
     epoch: int,
     ending: Literal["raised", "found dead"],
     error: BaseException | None = None,
+    snapshot: Snapshot | None = None,
 ) -> None:
     """Register the failure artifact of a leg. Never in the way of what follows: the journal says the same, less handily."""
     try:
-        report, store = failure_report(run, journal, epoch, ending, error), artifact_store_of(run)
+        report, store = failure_report(run, journal, epoch, ending, error, snapshot), artifact_store_of(run)
         register_failure(report, run=run, store=journal.store, artifact_store_id=store.id, artifact_store_root=store.path)
     except Exception as problem:
         logger.warning("run %s: its failure artifact could not be registered: %s", run.id, problem)

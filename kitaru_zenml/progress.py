@@ -31,7 +31,7 @@ T = TypeVar("T")
 State = Literal["running", "replayed", "finished", "failed", "retrying"]
 Mode = Literal["tree", "plain", "off"]
 
-KEPT = 15  # finished siblings that a scope still shows one by one
+KEPT = 15  # siblings with an outcome that a scope remembers one by one
 DRAW_EVERY = 0.2  # seconds
 FIRST_LINE_AFTER, LINES_EVERY = 1.0, 10.0  # seconds; the pause between plain lines doubles from the one to the other
 NAMED = 3  # steps in flight that a plain line names
@@ -103,7 +103,6 @@ class Node:
     retries: int = 0
     steps: int = 0  # below it, at any depth
     tokens: int = 0
-    waits_to_retry: bool = False
     open: dict[str, Node] = field(default_factory=dict)
     done: deque[Done] = field(default_factory=deque)
     folded: Counter[tuple[State, str]] = field(default_factory=Counter)
@@ -158,11 +157,10 @@ class RunProgress:
             above.append(above[-1].open.setdefault(name, Node(name, at)))
         parent, name = above[-1], path[-1]
         if state == "running":
-            parent.open.setdefault(name, Node(name, at)).waits_to_retry = False
+            parent.open.setdefault(name, Node(name, at))
             return
         if state == "retrying":
-            node = parent.open.setdefault(name, Node(name, at))
-            node.retries, node.waits_to_retry = node.retries + 1, True
+            parent.open.setdefault(name, Node(name, at)).retries += 1
             self.counts[state] += 1
             return
         found = parent.open.pop(name, None)
@@ -209,7 +207,7 @@ class RunProgress:
         if self.counts["failed"]:
             facts.append(f"{self.counts['failed']} failed")
         if self.counts["retrying"]:
-            facts.append(f"{self.counts['retrying']} retries")
+            facts.append(_many(self.counts["retrying"], "retry", "retries"))
         if self.tokens:
             facts.append(f"{self.tokens:,} tokens" + (f", ${self.cost:.4f}" if self.cost else ""))
         return ", ".join(facts)
@@ -221,6 +219,10 @@ class RunProgress:
             return f"{self.flow} finished in {took}: {self.facts()}", f"kitaru show {self.run_id}"
         ending = f"{self.flow} ended after {took} with {type(self.error).__name__}: {self.facts()}"
         return ending, f"kitaru failure {self.run_id}"
+
+
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def stem(name: str) -> str:

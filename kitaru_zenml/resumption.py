@@ -83,7 +83,7 @@ def resume(
         _reopen(journal, snapshot, lease, on_drift, retry)
         found_dead = found.status == ExecutionStatus.RUNNING
         if found_dead and snapshot.info is not None and "/" not in snapshot.current():
-            leg.report_failure(found, journal, lease.epoch - 1, "found dead")
+            leg.report_failure(found, journal, lease.epoch - 1, "found dead", snapshot=snapshot)
         return _continue(found, lease, snapshot)
     except BaseException:
         lease.release()

@@ -21,8 +21,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from kitaru_zenml.progress import Done, Node, RunProgress, State, stem, words
+from kitaru_zenml.progress import KEPT, Done, Node, RunProgress, State, stem, words
 
+LATEST = 3  # of many outcomes of one kind, these are still shown while the run goes on
 _TURN = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _MARKS: dict[State, tuple[str, str, str]] = {  # mark, mark without Unicode, style
     "finished": ("✓", "+", "green"),
@@ -65,7 +66,7 @@ class Screen:
             ending, command = progress.last_words()
             mark, plain, style = _MARKS["finished" if progress.error is None else "failed"]
             last = Text.assemble((f"{mark if self._unicode else plain} ", style), ending, "\n  ", (command, "bold"))
-            lines = [*self._tree(progress, max(self._size()[1] - 4, 3), head=False), *self._lines(last)]
+            lines = [*self._tree(progress, max(self._size()[1] - 4, 3), live=False), *self._lines(last)]
             self._write("".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
@@ -120,38 +121,54 @@ class Screen:
         console.print(what, no_wrap=True, overflow="ellipsis", crop=True)
         return text.getvalue().splitlines()
 
-    def _tree(self, run: RunProgress, room: int, head: bool = True) -> list[str]:
+    def _tree(self, run: RunProgress, room: int, live: bool = True) -> list[str]:
         """A run in at most so many lines: what is in flight first of all."""
         title = Text.assemble((run.flow, "bold"))
-        if head:
-            title.append(f"  {words(time.monotonic() - run.began)} · {run.facts()}", "dim")
-        title.append(f"  run {run.run_id}", "dim")
+        if live:
+            title.append(f"  {words(time.monotonic() - run.began)} · {run.facts()}  run {run.run_id}", "dim")
         lines: list[str] = []
-        for kept in (15, 5, 2, 0):
+        for kept in (KEPT, 5, 2, 0):
             tree = Tree(title, guide_style="dim")
-            self._grow(tree, run.root, kept)
+            self._grow_done(tree, run.root, kept, LATEST if live else 0)
+            self._grow_open(tree, run.root, kept)
             lines = self._lines(tree)
             if len(lines) <= room:
                 return lines
         hidden = len(lines) - room + 1
         return [*lines[: room - 1], *self._lines(Text(f"{'…' if self._unicode else '...'} {hidden} more lines", "dim"))]
 
-    def _grow(self, tree: Tree, node: Node, kept: int) -> None:
-        folded = Counter(node.folded)
-        done = list(node.done)
-        for old in done[: len(done) - kept] if len(done) > kept else ():
-            folded[old.state, stem(old.name)] += 1
+    def _grow_done(self, tree: Tree, node: Node, kept: int, latest: int = LATEST) -> None:
+        """Of each scope the last `kept` outcomes, but only the `latest` of a kind of which there are too many to show."""
+        folded, lines = Counter(node.folded), list[Done]()
+        shown: Counter[tuple[State, str]] = Counter()
+        for step in reversed(node.done):
+            kind = step.state, stem(step.name)
+            if len(lines) < kept and (kind not in node.folded or shown[kind] < latest):
+                shown[kind] += 1
+                lines.append(step)
+            else:
+                folded[kind] += 1
         for (state, name), count in folded.items():
-            tree.add(Text.assemble(*self._mark(state), (name, "dim"), (f"  {count} {state}", "dim")))
-        for step in done[-kept:] if kept else ():
+            tree.add(Text.assemble(*self._mark(state), name, (f"  {count:,} {state}", "dim")))
+        for step in reversed(lines):
             tree.add(self._line(step))
+
+    def _grow_open(self, tree: Tree, node: Node, kept: int) -> None:
+        """What executes; where there is no room to keep anything, a step and the one that it waits for share a line."""
+        now = time.monotonic()
+        mark = _TURN[int(now * 5) % len(_TURN)] if self._unicode else "*"
         for child in node.open.values():
-            mark = _TURN[int(time.monotonic() * 5) % len(_TURN)] if self._unicode else "*"
-            facts = "waits to be tried again" if child.waits_to_retry else words(time.monotonic() - child.since)
-            line = Text.assemble((f"{mark} ", "cyan"), child.name, (f"  {facts}", "dim"))
-            if child.retries:
-                line.append(f"  attempt {child.retries + (not child.waits_to_retry)}", "yellow")
-            self._grow(tree.add(line), child, kept)
+            name, innermost = child.name, child
+            while not kept and len(innermost.open) == 1:
+                (innermost,) = innermost.open.values()
+                name = f"{name}/{innermost.name}"
+            line = Text.assemble((f"{mark} ", "cyan"), name, (f"  {words(now - innermost.since)}", "dim"))
+            if innermost.retries:
+                line.append(f"  attempt {innermost.retries + 1}", "yellow")
+            branch = tree.add(line)
+            if kept:
+                self._grow_done(branch, child, kept)
+            self._grow_open(branch, innermost, kept)
 
     def _mark(self, state: State) -> list[tuple[str, str]]:
         mark, plain, style = _MARKS[state]
@@ -161,7 +178,9 @@ class Screen:
         facts = "replayed" if step.state == "replayed" else words(step.seconds or 0)
         facts += f" · {step.inside} steps" if step.inside else ""
         facts += f" · {step.tokens:,} tokens" if step.tokens else ""
-        line = Text.assemble(*self._mark(step.state), (step.name, "dim" if step.state == "replayed" else ""), (f"  {facts}", "dim"))
+        line = Text.assemble(
+            *self._mark(step.state), (step.name, "dim" if step.state == "replayed" else ""), (f"  {facts}", "dim")
+        )
         if step.retries:
             line.append(f"  {step.retries + 1} attempts", "yellow")
         return line

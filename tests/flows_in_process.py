@@ -149,3 +149,8 @@ def heavy(x: int) -> int:
 @flow
 def with_heavy(x: int) -> int:
     return heavy(double(x))
+
+
+@flow
+def registered_in_time(n: int) -> list[int]:
+    return [registered_so_far(i) for i in range(n)]

@@ -101,3 +101,11 @@ def test_the_public_names_are_what_they_say_whatever_was_imported_first() -> Non
     assert issubclass(kitaru_zenml.StepInDoubt, kitaru_zenml.KitaruError) and NotDurableError is kitaru_zenml.NotDurableError
     with pytest.raises(AttributeError):
         kitaru_zenml.nothing  # noqa: B018
+
+
+def test_options_given_at_the_call_reach_the_run() -> None:
+    with_options = flows.doubling.with_options(lineage="sync", run_name="named-run-{date}-{time}")
+    assert with_options.options.lineage == "sync" and flows.doubling.options.lineage == "async"
+    handle = with_options.run(1)
+    assert handle.run.name.startswith("named-run-") and handle.run.config.extra["kitaru"]["lineage"] == "sync"
+    assert flows.registered_in_time.with_options(lineage="sync").run(2).result() == [0, 1]

@@ -504,3 +504,35 @@ def test_a_method_is_a_step() -> None:
 
     assert run_leg(MemoryStore(), lambda: Tool().call(1))[0].value == 2
     assert Tool().call(1) == 2
+
+
+def test_a_run_keeps_less_than_a_kilobyte_a_step() -> None:
+    import tracemalloc
+
+    class Sink(MemoryStore):
+        """Keeps no steps, so that what is counted is the engine's."""
+
+        def _commit(self, name: str, data: bytes) -> bytes | None:
+            return None if "/steps/" in name else super()._commit(name, data)
+
+        def create(self, name: str, data: bytes) -> bytes | None:
+            return self._commit(name, data)
+
+    @checkpoint
+    def produce(i: int) -> dict[str, Any]:
+        return {"i": i, "text": "x" * 5000}
+
+    sizes: list[int] = []
+
+    def flow() -> None:
+        for i in range(3000):
+            if i in (1000, 2999):
+                sizes.append(tracemalloc.get_traced_memory()[0])
+            produce(i)
+
+    tracemalloc.start()
+    try:
+        assert run_leg(Sink(), flow)[0].error is None
+    finally:
+        tracemalloc.stop()
+    assert (sizes[1] - sizes[0]) / 2000 < 1024

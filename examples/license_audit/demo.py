@@ -29,7 +29,7 @@ from examples.license_audit.model import chosen_model
 from examples.license_audit.tools import list_distributions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 180.0  # seconds that each part may take
+PATIENCE = 600.0  # seconds that each part may take: a ZenML server on a busy machine is slow
 
 
 class DemoFailed(Exception):
@@ -246,7 +246,7 @@ def show(folder: Path, place: Place, only: list[str] | None) -> None:
         second.kill()
     if second.returncode:
         raise DemoFailed(f"resume failed:\n{(folder / 'second.log').read_text()[-3000:]}")
-    said = json.loads((folder / "second.json").read_text())
+    said = _answer(folder / "second.json")
     at_end = stored_steps(run_id)
     new = {path: name for path, name in at_end.items() if path not in at_kill}
     if not new:
@@ -303,6 +303,15 @@ def follow(process: subprocess.Popen[bytes], run_id: str, began: float) -> None:
         print("\r" + " " * 60 + "\r", end="")
 
 
+def _answer(file: Path) -> dict[str, Any]:
+    text = file.read_text()
+    try:
+        answer: dict[str, Any] = json.loads(text)
+    except ValueError:
+        raise DemoFailed(f"`kitaru resume --output json` printed something else: {text[:2000]!r}") from None
+    return answer
+
+
 def _title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
@@ -337,7 +346,8 @@ def main() -> None:
         with _environment(**quiet, **{CALLS: str(folder / "calls.jsonl")}), stack as place:
             show(folder, place, options.only)
             if options.stack == "s3" and options.keep:
-                input("\nThe servers are up until you press Enter.")
+                with contextlib.suppress(EOFError, KeyboardInterrupt):
+                    input("\nThe servers are up until you press Enter.")
     except DemoFailed as failure:
         sys.exit(f"\nThe demo failed: {failure}")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.panel import Panel
 from rich.text import Text
 
-from kitaru_zenml.cli.output import ago, cli_command, console, seconds
-from kitaru_zenml.cli.step import _shown
+from kitaru_zenml.cli.output import ago, cli_command, command_to_type, console, seconds, section, traceback_of, value
+
+if TYPE_CHECKING:
+    from kitaru_zenml.lineage.failure import FailureReport
+
+LAST = 5  # finished steps shown
 
 
 @cli_command("failure")
@@ -33,25 +36,36 @@ def command(run: str, output: str) -> Any:
     if report is None:
         raise KitaruError(f"Run {found.id} is {found.status.value} and has no failure. See it with `kitaru show {found.id}`.")
     if output == "text":
-        _print(report)
+        _print(report, found.status.value)
     return report.model_dump(mode="json")
 
 
-def _print(report: Any) -> None:
-    how = "raised" if report.ending == "raised" else "was found dead: its process is gone"
-    console.print(f"[bold]{report.flow}[/bold] [red]{how}[/red]  run {report.run_id}, leg {report.epoch}, {ago(report.at)}")
-    console.print(f"[dim]{', '.join(f'{n} {what.replace(chr(95), chr(32))}' for what, n in report.counts.items())}[/dim]")
+def _print(report: FailureReport, status: str) -> None:
+    how = "ended with an exception" if report.ending == "raised" else "was found dead: its process is gone"
+    console.print(Text.assemble((report.flow, "bold"), " ", (how, "red"), f"  {ago(report.at)}"))
+    counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in report.counts.items() if n)
+    console.print(Text(f"run {report.run_id}, leg {report.epoch}{f'; {counts}' if counts else ''}", style="dim"))
+    if status == "completed":
+        console.print(Text("A later leg went on from there: the run is completed now.", style="green"))
+    step = report.failing_step
+    console.print()
     if report.failure is not None:
-        text = report.failure.traceback.strip() or f"{report.failure.type}: {report.failure.message}"
-        console.print(Panel(Text(text[-3000:]), title="exception", title_align="left", border_style="red"))
-    if (step := report.failing_step) is not None:
-        console.print(f"Failing step: [bold]{step.display.replace('[', chr(92) + '[')}[/bold], {step.attempts} attempt(s)")
+        named = report.failure.type.rpartition(":")[2]
+        console.print(Text.assemble((f"{named}: ", "bold red"), report.failure.message))
+    if step is not None:
+        console.print(Text.assemble("in step ", (step.display, "bold"), f", {step.attempts} attempt{'s'[: step.attempts - 1]}"))
         for name, tree in step.inputs.items():
-            console.print(Panel(_shown(tree), title=f"input: {name}", title_align="left", border_style="dim"))
+            section(f"input {name}", value(tree))
+    if (shown := step.failure if step is not None else report.failure) is not None:
+        section("traceback", traceback_of(shown))
     for flight in report.in_flight:
-        console.print(Text(f"○ {flight.display} was in flight since {flight.started_at:%H:%M:%S}"))
-    for finished in report.last_finished[:5]:
-        console.print(Text(f"✓ {finished.display} {seconds(finished.seconds)}", style="dim"))
+        console.print(
+            Text.assemble(("○ ", "yellow"), flight.display, (f"  in flight since {flight.started_at:%H:%M:%S}", "dim"))
+        )
+    if report.last_finished:
+        console.print(Text("\nlast finished", style="dim"))
+    for finished in report.last_finished[:LAST]:
+        console.print(Text.assemble(("✓ ", "green"), finished.display, (f"  {seconds(finished.seconds)}", "dim")))
     console.print("\nGo on from here:")
     for entry in report.commands:
-        console.print(f"  [bold]{entry.command}[/bold]  [dim]{entry.want}[/dim]")
+        console.print(Text.assemble("  ", command_to_type(entry.command), (f"   {entry.want}", "dim")))

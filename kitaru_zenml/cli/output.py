@@ -1,6 +1,7 @@
-"""What every command shares: the output option, errors as messages and exit codes, and the words for times and sizes.
+"""What every command shares: its options, errors as messages and exit codes, and how values and times look.
 
-Exit codes: 0 fine, 1 an error or a difference found, 2 wrong usage (click's).
+Exit codes: 0 fine, 1 an error or a difference found, 2 wrong usage (click's). With `--output json` a command prints its result, or
+`{"error": type, "message": ..., and what the error knows}`, to stdout and nothing else.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import datetime as dt
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,42 +18,53 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from kitaru_zenml.errors import KitaruError
+from kitaru_zenml.progress import words
 
 console = Console(highlight=False, soft_wrap=True)
 STYLES = {
     "completed": "green", "finished": "green", "ok": "green", "running": "cyan", "in flight": "cyan", "resuming": "cyan", "failed": "red",
     "problem": "red", "in doubt": "red", "paused": "yellow", "dead": "yellow", "retried": "yellow", "stopped": "yellow",
+    "cut off": "yellow",
 }  # fmt: skip
+SHOWN = 4000  # characters of a value on a terminal
+OUR_FRAMES = re.compile(r'  File "[^"]*[/\\](kitaru_zenml|asyncio)[/\\][^"]*", line \d+, in .*\n(?:    .*\n)*')
 
 
 def cli_command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
-    """A click command with `--output`; its function returns what `--output json` prints, and renders only if `output` is `text`."""
+    """A click command with `--output` and `--debug`.
+
+    Its function returns what `--output json` prints, or an `Exit` with it, and renders it only if `output` is `text`.
+    """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
-        def run(output: str, **arguments: Any) -> None:
+        def run(output: str, debug: bool, **arguments: Any) -> None:
             _quieten_zenml()
             code = 0
             try:
                 result = function(output=output, **arguments)
                 if isinstance(result, Exit):
                     code, result = result.code, result.result
-            except KitaruError as error:
-                _fail(error, output, str(error), _attributes(error))
             except click.ClickException:
                 raise
             except Exception as error:
-                _fail(error, output, _said(error), {})
+                _fail(error, output)
+                if debug or os.environ.get("KITARU_DEBUG"):
+                    raise
+                sys.exit(1)
             if output == "json":
                 click.echo(json.dumps(result, indent=2, default=_plain))
             sys.exit(code)
 
-        option = click.option(
-            "--output", "-o", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
-        )
-        made: click.Command = click.command(name, **settings)(option(run))  # type: ignore[no-untyped-call, unused-ignore]
+        formats = click.Choice(["text", "json"])
+        with_output = click.option("--output", "-o", type=formats, default="text", help="How to print the result.")
+        with_debug = click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+        made: click.Command = click.command(name, **settings)(with_output(with_debug(run)))  # type: ignore[no-untyped-call, unused-ignore]
         return made
 
     return decorate
@@ -65,16 +78,16 @@ class Exit:
     code: int
 
 
-def _fail(error: Exception, output: str, message: str, attributes: dict[str, Any]) -> None:
+def _fail(error: Exception, output: str) -> None:
+    message = str(error) if isinstance(error, KitaruError) else _said(error)
     if output == "json":
-        click.echo(json.dumps({"error": type(error).__name__, "message": message, **attributes}, default=_plain))
-    else:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]Error:[/red] {_escaped(message)}")
-        for note in getattr(error, "__notes__", ()):
-            Console(stderr=True, highlight=False, soft_wrap=True).print(_escaped(note))
-    if os.environ.get("KITARU_DEBUG"):
-        raise error
-    sys.exit(1)
+        facts = _attributes(error) if isinstance(error, KitaruError) else {}
+        click.echo(json.dumps({"error": type(error).__name__, "message": message, **facts}, default=_plain))
+        return
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print(Text.assemble(("Error:", "red"), " ", message))
+    for note in getattr(error, "__notes__", ()):
+        stderr.print(Text(note))
 
 
 def _said(error: Exception) -> str:
@@ -89,15 +102,9 @@ def _attributes(error: KitaruError) -> dict[str, Any]:
     return {name: value for name, value in vars(error).items() if not name.startswith("_") and name != "value"}
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dt.datetime):
-        return value.isoformat()
+        return (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).isoformat()  # ZenML's times are UTC without saying so
     return str(value)
 
 
@@ -106,23 +113,42 @@ def _quieten_zenml() -> None:
     os.environ.setdefault("ZENML_ENABLE_RICH_TRACEBACK", "false")
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------
+# --- how things look -----------------------------------------------------------------------------------------------------
+# Whatever comes from a run (names, keys, messages) may hold square brackets, which rich would take for markup: it goes in as `Text`, or
+# escaped.
 
 
 def styled(status: str) -> str:
-    """A status in its colour."""
-    return f"[{STYLES.get(status, 'default')}]{status}[/]"
+    """A status in its colour, as markup."""
+    return f"[{STYLES.get(status, 'default')}]{escape(status)}[/]"
 
 
-def seconds(value: float | None) -> str:
+def command_to_type(command: str) -> Text:
+    """A command that the reader may type next."""
+    return Text(command, style="bold")
+
+
+def section(title: str, body: str | Text, style: str = "dim") -> None:
+    """Print a titled block, indented and unframed, so that it can be copied."""
+    console.print(Text(title, style=style))
+    console.print(Padding(body if isinstance(body, Text) else Text(body), (0, 0, 0, 2)))
+
+
+def value(tree: Any) -> Text:
+    """A value for a person: text as it is, all else as JSON, the end left out if it is long."""
+    text = tree if isinstance(tree, str) else json.dumps(tree, indent=2, ensure_ascii=False, default=str)
+    return Text(text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... {len(text):,} characters; all of it with --output json")
+
+
+def traceback_of(failure: Any) -> str:
+    """The traceback of a stored failure, without the frames of the machinery around the user's code."""
+    text = OUR_FRAMES.sub("", (failure.traceback or "").strip() + "\n").strip()
+    return text or f"{failure.type.rpartition(':')[2]}: {failure.message}"
+
+
+def seconds(duration: float | None) -> str:
     """A duration for a person."""
-    if value is None:
-        return ""
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    if value < 120:
-        return f"{value:.1f} s"
-    return str(dt.timedelta(seconds=round(value)))
+    return "" if duration is None else words(duration)
 
 
 def ago(at: dt.datetime | None) -> str:

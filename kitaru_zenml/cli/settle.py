@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import click
+from rich.text import Text
 
-from kitaru_zenml.cli.output import cli_command, console
+from kitaru_zenml.cli.output import cli_command, command_to_type, console
 
 
 @cli_command("settle")
@@ -33,6 +34,8 @@ def command(run: str, step: str, value: str | None, retry: bool, takeover: bool,
     run_id = str(find_run(run).id)
     settle(run_id, step, value=parsed, retry=retry, takeover=takeover)
     if output == "text":
-        console.print(f"Step {step} is settled: {'it runs again' if retry else 'its outcome is stored'}.", markup=False)
-        console.print(f"Next: [bold]kitaru resume {run_id}[/bold]")
+        console.print(
+            Text(f"Step {step} is settled: {'it runs again at the next resume' if retry else 'its outcome is stored'}.")
+        )
+        console.print(Text.assemble("Next: ", command_to_type(f"kitaru resume {run_id}")))
     return {"run": run_id, "step": step, "settled": "retry" if retry else "value"}

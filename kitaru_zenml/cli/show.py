@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Group
@@ -11,10 +11,20 @@ from rich.live import Live
 from rich.text import Text
 from rich.tree import Tree
 
-from kitaru_zenml.cli.output import ago, cli_command, console, seconds, styled
+from kitaru_zenml.cli.output import STYLES, ago, cli_command, command_to_type, console, seconds
+from kitaru_zenml.errors import NoJournal
 from kitaru_zenml.journal.records import StepRecord, display_name
+from kitaru_zenml.progress import stem
+
+if TYPE_CHECKING:
+    from zenml.models import PipelineRunResponse
+
+    from kitaru_zenml.journal.journal import Journal
 
 ENDED = ("completed", "failed", "stopped", "paused", "cancelled", "cached")
+NOT_BEGUN = ("initializing", "provisioning", "queued")
+LOOK_EVERY = 0.7  # seconds
+BEGIN_PATIENCE = 10.0  # seconds that --watch waits for the journal of a run that is starting
 
 
 @cli_command("show")
@@ -23,28 +33,48 @@ ENDED = ("completed", "failed", "stopped", "paused", "cancelled", "cached")
 def command(run: str, watch: bool, output: str) -> Any:
     """Show the steps of RUN as a tree: status, which leg ran them, duration, tokens, and what to do next.
 
-    JSON: {run, flow, status, legs, executing, totals, steps: [{step, path, kind, status, leg, kept, attempts, seconds, tokens, cost,
-    model, started_at}], next}.
+    JSON: {run, name, flow, status, created, legs: [{epoch, purpose, holder, taken_at}], executing, totals: {finished, failed, in_flight,
+    kept_from_earlier_legs, tokens, cost}, steps: [{step, path, kind, status, leg, kept, attempts, generation, seconds, tokens, cost,
+    model, started_at, failure}], open: {path: [names]}, next}. A step's status is finished, failed, in flight, cut off (its process is
+    gone) or in doubt. With --watch, the JSON is that of the end.
     """
-    view = look(run)
-    if output == "json":
-        while watch and view["status"] not in ENDED:
-            time.sleep(1)
-            view = look(run)
-        return view
     if not watch:
-        console.print(render(view))
+        view = look(run)
+        if output == "text":
+            console.print(render(view))
         return view
-    with Live(render(view, tall=False), console=console, refresh_per_second=4) as live:
-        while view["status"] not in ENDED and not _is_dead(view):
-            time.sleep(0.7)
+    return _watch(run, output)
+
+
+def _watch(run: str, output: str) -> dict[str, Any]:
+    view = _look_patiently(run)
+    if output == "json":
+        while not _is_over(view):
+            time.sleep(LOOK_EVERY)
             view = look(view["run"])
-            live.update(render(view, tall=False))
+        return view
+    with Live(render(view, live=True), console=console, refresh_per_second=4, transient=True) as live:
+        while not _is_over(view):
+            time.sleep(LOOK_EVERY)
+            view = look(view["run"])
+            live.update(render(view, live=True))
+    console.print(render(view))
     return view
 
 
-def _is_dead(view: dict[str, Any]) -> bool:
-    return bool(view["status"] == "dead")
+def _look_patiently(run: str) -> dict[str, Any]:
+    deadline = time.monotonic() + BEGIN_PATIENCE
+    while True:
+        try:
+            return look(run)
+        except NoJournal:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_EVERY)
+
+
+def _is_over(view: dict[str, Any]) -> bool:
+    return view["status"] in ENDED or view["status"] == "dead"
 
 
 # --- what there is -------------------------------------------------------------------------------------------------------
@@ -52,30 +82,54 @@ def _is_dead(view: dict[str, Any]) -> bool:
 
 def look(run: str) -> dict[str, Any]:
     """What `--output json` prints of a run."""
-    from kitaru_zenml.journal.lease import is_gone
-    from kitaru_zenml.resumption import in_doubt
-    from kitaru_zenml.runs import find_run, open_journal
+    from kitaru_zenml.artifact_store import open_store
+    from kitaru_zenml.journal.journal import Journal
+    from kitaru_zenml.runs import artifact_store_of, find_run
 
     found = find_run(run)
-    journal = open_journal(found)
+    journal = Journal(open_store(artifact_store_of(found)), str(found.id))
+    if not journal.exists():
+        if found.status.value in NOT_BEGUN:
+            return _not_begun(found)
+        raise NoJournal(str(found.id), journal.store.uri)
+    return _begun(found, journal)
+
+
+def _not_begun(found: PipelineRunResponse) -> dict[str, Any]:
+    return {
+        "run": str(found.id), "name": found.name, "flow": found.pipeline.name if found.pipeline else "", "status": found.status.value,
+        "created": found.created, "legs": [], "executing": None, "totals": _totals([]), "steps": [], "open": {},
+        "next": f"kitaru show {found.id} --watch",
+    }  # fmt: skip
+
+
+def _begun(found: PipelineRunResponse, journal: Journal) -> dict[str, Any]:
+    from kitaru_zenml.journal.lease import is_gone
+    from kitaru_zenml.resumption import in_doubt
+
     snapshot = journal.load()
     leases = journal.leases()
-    last = leases[-1] if leases else None
+    executing = [lease for lease in leases if lease.purpose != "settle"]
+    last = executing[-1] if executing else None
     beat = journal.beat(last.epoch) if last else None
     gone = last is not None and ((beat is not None and beat.released) or is_gone(last.holder))
     status = found.status.value
-    if status in ("running", "initializing", "provisioning") and gone:
+    if status in ("running", *NOT_BEGUN) and gone:
         status = "dead"
-    leg = max((lease.epoch for lease in leases if lease.purpose != "settle"), default=0)
-    steps = [_step(record, leg) for record in sorted(snapshot.current().values(), key=lambda r: r.number) if record.path != "/"]
+    steps = [
+        _step(record, last.epoch if last else 0)
+        for record in sorted(snapshot.current().values(), key=lambda r: r.number)
+        if record.path != "/"
+    ]
     known = {step["path"] for step in steps}
-    doubtful = {m.scope.path: m for m in in_doubt(snapshot)} if status not in ("running",) else {}
+    doubtful = {m.scope.path: m for m in in_doubt(snapshot)} if status != "running" else {}
     for flight in beat.in_flight if beat is not None and not beat.released else ():
         if flight.path not in known and flight.path not in doubtful:
             cut = status not in ("running", "resuming")
             steps.append(_open(flight.display, flight.path, flight.kind, "cut off" if cut else "in flight", flight.started_at))
     steps += [_open(m.display, path, m.scope.kind, "in doubt", m.started_at) for path, m in doubtful.items()]
-    opened = {s.path: (s, r.scopes[: i + 1]) for r in snapshot.records.values() for i, s in enumerate(r.scopes)}
+    known = {step["path"] for step in steps}
+    opened = {s.path: r.scopes[: i + 1] for r in snapshot.records.values() for i, s in enumerate(r.scopes)}
     return {
         "run": str(found.id),
         "name": found.name,
@@ -87,9 +141,7 @@ def look(run: str) -> dict[str, Any]:
         "totals": _totals(steps),
         "steps": steps,
         "open": {
-            path: [display_name(s.name, s.ordinal, s.key) for s in chain]
-            for path, (_, chain) in opened.items()
-            if path not in known
+            path: [display_name(s.name, s.ordinal, s.key) for s in chain] for path, chain in opened.items() if path not in known
         },
         "next": _next(str(found.id), status, steps),
     }
@@ -145,20 +197,27 @@ def _next(run_id: str, status: str, steps: list[dict[str, Any]]) -> str:
 
 # --- how it looks --------------------------------------------------------------------------------------------------------
 
-MARKS = {
-    "finished": "[green]✓[/]",
-    "failed": "[red]✗[/]",
-    "in flight": "[cyan]●[/]",
-    "cut off": "[yellow]○[/]",
-    "in doubt": "[red]?[/]",
-}
+MARKS = {"finished": "✓", "failed": "✗", "in flight": "●", "cut off": "○", "in doubt": "?"}
 FOLD_FROM = 12  # finished siblings of one name
 
 
-def render(view: dict[str, Any], tall: bool = True) -> Group:
-    """A view for a person; not `tall` folds long runs of finished siblings."""
+def render(view: dict[str, Any], live: bool = False) -> Group:
+    """A view for a person; while it is `live`, what finished takes little room: what it did inside, and many of a kind, are folded."""
+    head = Text.assemble((view["flow"], "bold"), " ", (view["status"], STYLES.get(view["status"], "default")))
+    head.append(f"  run {view['run']}  started {ago(view['created'])}", "dim")
+    facts = Text(f"{_facts(view)}", "dim")
+    following = Text.assemble("Next: ", command_to_type(view["next"]))
+    tree = Tree(head, guide_style="dim")
+    if live:  # at the top, because what does not fit is cut off at the bottom
+        tree.label = Text.assemble(head, "\n", facts)
+        _Growing(tree, view, fold=True).grow()
+        return Group(tree)
+    _Growing(tree, view, fold=False).grow()
+    return Group(tree, facts, following)
+
+
+def _facts(view: dict[str, Any]) -> str:
     totals = view["totals"]
-    head = f"[bold]{view['flow']}[/bold] {styled(view['status'])}   run {view['run']}   started {ago(view['created'])}"
     facts = f"{totals['finished']} finished"
     for name in ("failed", "in_flight"):
         facts += f", {totals[name]} {name.replace('_', ' ')}" if totals[name] else ""
@@ -166,68 +225,84 @@ def render(view: dict[str, Any], tall: bool = True) -> Group:
         facts += f", {totals['kept_from_earlier_legs']} of them kept from earlier legs"
     if totals["tokens"]:
         facts += f", {totals['tokens']:,} tokens" + (f", ${totals['cost']:.4f}" if totals["cost"] is not None else "")
+    if len(view["legs"]) > 1:
+        facts += f"; {len(view['legs'])} legs"
     if view["executing"]:
         facts += f"; executed by {view['executing']}"
-    tree = Tree(Text.from_markup(head), guide_style="dim")
-    _grow(tree, view, fold=not tall)
-    return Group(tree, Text.from_markup(f"[dim]{facts}[/dim]"), Text.from_markup(f"Next: [bold]{view['next']}[/bold]"))
+    return facts
 
 
-def _grow(tree: Tree, view: dict[str, Any], fold: bool) -> None:
-    nodes: dict[str, Tree] = {"": tree}
-    children: dict[str, list[dict[str, Any]]] = {}
-    for step in view["steps"]:
-        children.setdefault(_parent(step["path"]), []).append(step)
+class _Growing:
+    """The tree of a view's steps, nested by scope, in the order in which they started."""
 
-    def node(path: str) -> Tree:
-        if path not in nodes:  # a scope without a record: begun, not finished
-            names = view["open"].get(path) or [path.rpartition("/")[2]]
-            nodes[path] = node(_parent(path)).add(Text.from_markup(f"[yellow]○[/] {names[-1]} [dim]begun[/dim]"))
-        return nodes[path]
+    def __init__(self, tree: Tree, view: dict[str, Any], fold: bool) -> None:
+        self._view, self._fold = view, fold
+        self._nodes: dict[str, Tree] = {"": tree}
+        self._children: dict[str, list[dict[str, Any]]] = {}
+        for step in view["steps"]:
+            self._children.setdefault(_parent(step["path"]), []).append(step)
 
-    def grow(path: str) -> None:
-        steps = sorted(children.pop(path, ()), key=lambda s: s["started_at"])
-        folded = _folded(steps, children) if fold else {}
-        for step in steps:
-            name = _stem(step)
-            if name in folded and step["status"] == "finished":
-                continue
-            nodes[step["path"]] = node(path).add(Text.from_markup(_line(step)))
-            grow(step["path"])
+    def grow(self) -> None:
+        self._below("")
+        while self._children:  # below scopes without a record
+            self._below(min(self._children, key=len))
+
+    def _node(self, path: str) -> Tree:
+        if path not in self._nodes:  # a scope that was begun and not finished
+            names = self._view["open"].get(path) or [path.rpartition("/")[2]]
+            line = Text.assemble(("○ ", "yellow"), names[-1], ("  begun", "dim"))
+            self._nodes[path] = self._node(_parent(path)).add(line)
+        return self._nodes[path]
+
+    def _below(self, path: str) -> None:
+        steps = sorted(self._children.pop(path, ()), key=lambda s: s["started_at"])
+        folded = self._folded(steps) if self._fold else {}
         for name, count in folded.items():
-            node(path).add(Text.from_markup(f"[green]✓[/] {name} [dim]{count} finished[/dim]"))
+            self._node(path).add(Text.assemble(("✓ ", "green"), name, (f"  {count} finished", "dim")))
+        for step in steps:
+            is_done = step["status"] == "finished"
+            if is_done and stem(_name(step)) in folded:
+                self._forget(step["path"])
+                continue
+            self._nodes[step["path"]] = self._node(path).add(_line(step))
+            if is_done and self._fold:
+                self._forget(step["path"])
+            else:
+                self._below(step["path"])
 
-    grow("")
-    while children:  # below scopes without a record
-        grow(min(children, key=len))
+    def _folded(self, steps: list[dict[str, Any]]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for step in steps:
+            if step["status"] == "finished":
+                counts[stem(_name(step))] = counts.get(stem(_name(step)), 0) + 1
+        return {name: count for name, count in counts.items() if count >= FOLD_FROM}
+
+    def _forget(self, path: str) -> None:
+        for below in [p for p in self._children if p == path or p.startswith(path + "/")]:
+            del self._children[below]
 
 
-def _folded(steps: list[dict[str, Any]], children: dict[str, Any]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for step in steps:
-        if step["status"] == "finished" and not any(path.startswith(step["path"] + "/") for path in children):
-            counts[_stem(step)] = counts.get(_stem(step), 0) + 1
-    return {name: count for name, count in counts.items() if count >= FOLD_FROM}
-
-
-def _stem(step: dict[str, Any]) -> str:
-    return str(step["step"].rpartition("/")[2].partition("#")[0].partition("[")[0])
+def _name(step: dict[str, Any]) -> str:
+    return str(step["step"].rpartition("/")[2])
 
 
 def _parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _line(step: dict[str, Any]) -> str:
-    name = step["step"].rpartition("/")[2].replace("[", "\\[")
-    line = f"{MARKS[step['status']]} {name}"
-    facts = [seconds(step["seconds"])] if step["seconds"] is not None else [step["status"]]
+def _line(step: dict[str, Any]) -> Text:
+    facts = (
+        [seconds(step["seconds"])] if step["seconds"] is not None else [f"{step['status']}, began {ago(step['started_at'])}"]
+    )
     if step["attempts"] > 1:
         facts.append(f"{step['attempts']} attempts")
+    if step["generation"]:
+        facts.append(f"tried again {step['generation']}x")
     if step["kept"]:
         facts.append(f"kept from leg {step['leg']}")
     if step["tokens"]:
-        facts.append(f"{step['tokens']} tokens")
+        facts.append(f"{step['tokens']:,} tokens" + (f", ${step['cost']:.4f}" if step["cost"] is not None else ""))
+    line = Text.assemble((f"{MARKS[step['status']]} ", STYLES[step["status"]]), _name(step), (f"  {' · '.join(facts)}", "dim"))
     if step["failure"]:
-        facts.append(step["failure"].splitlines()[0][:100].replace("[", "\\["))
-    return f"{line} [dim]{' · '.join(facts)}[/dim]"
+        line.append(f"  {step['failure'].partition(chr(10))[0][:100]}", "red")
+    return line

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.panel import Panel
 from rich.text import Text
 
-from kitaru_zenml.cli.output import cli_command, console, seconds, styled
+from kitaru_zenml.cli.output import cli_command, command_to_type, console, seconds, section, styled, traceback_of, value
+from kitaru_zenml.journal.records import Failure, StepRecord
 
-SHOWN = 4000  # characters of a value on a terminal
+if TYPE_CHECKING:
+    from kitaru_zenml.journal.journal import Journal, Snapshot
 
 
 @cli_command("step")
@@ -22,22 +22,40 @@ def command(run: str, step: str, output: str) -> Any:
 
     STEP is the name shown by `kitaru show` (`fetch#3`, `audit#0/model#2`), its end if that is unambiguous, or the path.
 
-    JSON: {step, path, kind, status, inputs, opaque, output, failure, attempts, usage, metadata, idempotency_key, leg, generation, number,
-    started_at, seconds}.
+    JSON: {step, path, kind, status, inputs, opaque, output, failure, attempts: [{seconds, type, message}], earlier: [{generation, leg,
+    status, failure}], usage, metadata, idempotency_key, leg, generation, number, started_at, seconds}. A step that is in flight or in
+    doubt has no inputs and no output yet.
     """
-    from kitaru_zenml.codec import value_tree
-    from kitaru_zenml.execution import input_trees
+    from kitaru_zenml.errors import StepNotFound
     from kitaru_zenml.resumption import find_step
     from kitaru_zenml.runs import find_run, open_journal
 
     found = find_run(run)
     journal = open_journal(found)
-    record = find_step(journal.load(), str(found.id), step)
-    view = {
+    snapshot = journal.load()
+    try:
+        record = find_step(snapshot, str(found.id), step)
+    except StepNotFound:
+        view = _open(journal, snapshot, step)
+        if view is None:
+            raise
+    else:
+        view = _recorded(journal, snapshot, record)
+    if output == "text":
+        _print(view, str(found.id))
+    return view
+
+
+def _recorded(journal: Journal, snapshot: Snapshot, record: StepRecord) -> dict[str, Any]:
+    from kitaru_zenml.codec import value_tree
+    from kitaru_zenml.execution import input_trees
+
+    earlier = [r for r in snapshot.records.values() if r.path == record.path and r.generation < record.generation]
+    return {
         "step": record.display,
         "path": record.path,
         "kind": record.kind,
-        "status": "failed" if record.failure else "finished",
+        "status": _status(record),
         "inputs": input_trees(journal, record),
         "opaque": list(record.opaque),
         "output": None if record.outcome is None else value_tree(record.outcome, journal.blob),
@@ -45,6 +63,15 @@ def command(run: str, step: str, output: str) -> Any:
         "attempts": [
             {"seconds": (a.ended_at - a.started_at).total_seconds(), "type": a.failure.type, "message": a.failure.message}
             for a in record.attempts
+        ],
+        "earlier": [
+            {
+                "generation": r.generation,
+                "leg": r.epoch,
+                "status": _status(r),
+                "failure": f"{r.failure.type.rpartition(':')[2]}: {r.failure.message}" if r.failure else None,
+            }
+            for r in sorted(earlier, key=lambda r: r.generation)
         ],
         "usage": record.usage.model_dump() if record.usage else None,
         "metadata": record.metadata,
@@ -55,35 +82,62 @@ def command(run: str, step: str, output: str) -> Any:
         "started_at": record.started_at,
         "seconds": (record.ended_at - record.started_at).total_seconds(),
     }
-    if output == "text":
-        _print(view)
-    return view
 
 
-def _print(view: dict[str, Any]) -> None:
-    facts = f"{seconds(view['seconds'])}, leg {view['leg']}, {len(view['attempts']) + 1} attempt(s)"
+def _status(record: StepRecord) -> str:
+    return "failed" if record.failure else "finished"
+
+
+def _open(journal: Journal, snapshot: Snapshot, step: str) -> dict[str, Any] | None:
+    """A step without an outcome that has begun."""
+    from kitaru_zenml.resumption import in_doubt
+
+    leases = journal.leases()
+    beat = journal.beat(leases[-1].epoch) if leases else None
+    flights = beat.in_flight if beat is not None and not beat.released else ()
+    open_steps = [(m.display, m.scope.path, m.scope.kind, "in doubt", m.started_at) for m in in_doubt(snapshot)]
+    open_steps += [(f.display, f.path, f.kind, "in flight", f.started_at) for f in flights]
+    for display, path, kind, status, started_at in open_steps:
+        if step in (display, path):
+            return {
+                "step": display, "path": path, "kind": kind, "status": status, "inputs": {}, "opaque": [], "output": None, "failure": None,
+                "attempts": [], "earlier": [], "usage": None, "metadata": {}, "idempotency_key": None, "leg": leases[-1].epoch,
+                "generation": 0, "number": None, "started_at": started_at, "seconds": None,
+            }  # fmt: skip
+    return None
+
+
+def _print(view: dict[str, Any], run_id: str) -> None:
+    facts = [f"leg {view['leg']}"]
+    if view["seconds"] is not None:
+        facts.insert(0, seconds(view["seconds"]))
+    if view["attempts"]:
+        facts.append(f"{len(view['attempts']) + 1} attempts")
     if view["usage"]:
-        facts += f", {view['usage']['model']}: {view['usage']['input_tokens']} + {view['usage']['output_tokens']} tokens"
-    console.print(f"[bold]{view['step'].replace('[', chr(92) + '[')}[/bold] {styled(view['status'])}  [dim]{facts}[/dim]")
-    console.print(f"[dim]{view['path'].replace('[', chr(92) + '[')}[/dim]")
+        usage = view["usage"]
+        facts.append(f"{usage['model'] or 'model'}: {usage['input_tokens']:,} + {usage['output_tokens']:,} tokens")
+        if usage["cost"] is not None:
+            facts.append(f"${usage['cost']:.4f}")
+    head = Text.assemble(
+        (view["step"], "bold"), "  ", Text.from_markup(styled(view["status"])), (f"  {', '.join(facts)}", "dim")
+    )
+    console.print(head)
+    console.print(Text(view["path"], style="dim"))
+    for past in view["earlier"]:
+        console.print(Text(f"tried before in leg {past['leg']}: {past['failure'] or past['status']}", style="yellow"))
     for name, tree in view["inputs"].items():
-        console.print(Panel(_shown(tree), title=f"input: {name}", title_align="left", border_style="dim"))
+        section(f"input {name}", value(tree))
     for what in view["opaque"]:
-        console.print(f"[dim]counts by its type only: {what}[/dim]")
+        console.print(Text(f"{what}: it has no JSON form, so the call is told by its type only", style="dim"))
     for number, attempt in enumerate(view["attempts"], 1):
-        console.print(
-            Text(f"attempt {number} failed after {seconds(attempt['seconds'])}: {attempt['type']}: {attempt['message']}")
-        )
+        told = f"attempt {number} failed after {seconds(attempt['seconds'])}: {attempt['type'].rpartition(':')[2]}: {attempt['message']}"
+        console.print(Text(told, style="yellow"))
     if view["failure"]:
-        console.print(
-            Panel(Text(view["failure"]["traceback"] or view["failure"]["message"]), title="failure", border_style="red")
-        )
-    else:
-        console.print(Panel(_shown(view["output"]), title="output", title_align="left", border_style="green"))
+        section("failure", traceback_of(Failure.model_validate(view["failure"])), "red")
+    elif view["status"] == "finished":
+        section("output", value(view["output"]), "green")
+    elif view["status"] == "in doubt":
+        console.print("It runs at most once, was started and has no outcome. Find out what happened, then:")
+        console.print(command_to_type(f"  kitaru settle {run_id} '{view['step']}' --value JSON|--retry"))
     if view["metadata"]:
-        console.print(Panel(_shown(view["metadata"]), title="metadata", title_align="left", border_style="dim"))
-
-
-def _shown(tree: Any) -> Text:
-    text = tree if isinstance(tree, str) else json.dumps(tree, indent=2, ensure_ascii=False, default=str)
-    return Text(text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... {len(text):,} characters; all of it with --output json")
+        section("metadata", value(view["metadata"]))

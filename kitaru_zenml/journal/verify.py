@@ -1,37 +1,73 @@
 """Verify a run end to end: recompute every hash, every digest and every root, and say what does not fit.
 
-Three things are no alarm and are said as notes: a leg that was killed closed nothing; its records are covered by a later leg; and a record
-that a superseded executor stored after the run went on elsewhere is late: nobody asked for it.
+What is no alarm is said as a note: a leg that was killed closed nothing, and its records are covered by a later leg; a record that a
+superseded executor stored after the run went on elsewhere is late, nobody asked for it; a leg that is still at work has covered nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kitaru_zenml.codec import value_tree
 from kitaru_zenml.errors import CorruptRecord, JournalGap, KitaruError
 from kitaru_zenml.inputs import digest_tree, resolve_inputs
 from kitaru_zenml.journal.journal import Journal, Snapshot
-from kitaru_zenml.journal.records import BlobValue, LegClosedEvent, PickledValue, StepRecord, chain_root
+from kitaru_zenml.journal.lease import is_gone
+from kitaru_zenml.journal.records import (
+    BlobValue,
+    Lease,
+    LegClosedEvent,
+    PickledValue,
+    StepRecord,
+    chain_root,
+    run_folder,
+    step_name,
+    unseal,
+)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
-    """What was found."""
+    """What was found.
+
+    Attributes:
+        run_id: The run.
+        records: How many records it has that can be read.
+        covered: How many of them a closed leg covers.
+        legs: How many legs it had.
+        root: The last root.
+        problems: What was changed or lost, each naming its object.
+        notes: What looks odd and is no alarm.
+    """
 
     run_id: str
     records: int = 0
     covered: int = 0
     legs: int = 0
     root: str = ""
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether nothing was changed or lost."""
         return not self.problems
+
+
+@dataclass
+class _Found:
+    """What is being found."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    corrupt: set[str] = field(default_factory=set)  # object names
+
+    def is_corrupt(self, error: CorruptRecord) -> None:
+        if error.name not in self.corrupt:
+            self.corrupt.add(error.name)
+            self.problems.append(f"`{error.name}` is corrupt: {error.reason}")
 
 
 def verify(journal: Journal, noted_root: str | None = None) -> Verification:
@@ -41,62 +77,88 @@ def verify(journal: Journal, noted_root: str | None = None) -> Verification:
         journal: Of the run.
         noted_root: The last root according to ZenML's run metadata, if it has one.
     """
-    found = Verification(journal.run_id)
+    found = _Found()
+    leases = _leases(journal, found)
+    legs = sum(lease.purpose != "settle" for lease in leases)
     try:
-        snapshot = journal.load(on_corrupt=lambda error: found.problems.append(f"`{error.name}` is corrupt: {error.reason}"))
-    except JournalGap as gap:
-        found.problems.append(str(gap))
-        return found
-    found.records = len(snapshot.records)
-    _roots(snapshot, found, noted_root)
-    _legs(journal, snapshot, found)
+        snapshot = journal.load(on_corrupt=found.is_corrupt)
+    except JournalGap as gap:  # what was retried, retired or covered is not known: no use in judging the records
+        return Verification(journal.run_id, legs=legs, problems=(*found.problems, str(gap)), notes=tuple(found.notes))
+    root, covered = _roots(journal, snapshot, found, noted_root)
+    _legs(journal, snapshot, leases, found)
     for key, record in sorted(snapshot.records.items(), key=lambda item: item[1].number):
         _record(journal, snapshot, key, record, found)
-    return found
+    return Verification(
+        journal.run_id, len(snapshot.records), covered, legs, root, problems=tuple(found.problems), notes=tuple(found.notes)
+    )
 
 
-def _roots(snapshot: Snapshot, found: Verification, noted_root: str | None) -> None:
-    previous, covered = "", {}
-    for number, event in enumerate(snapshot.events, 1):
-        if not isinstance(event, LegClosedEvent):
-            continue
-        if event.previous_root != previous:
-            found.problems.append(f"event {number} chains on another root than the one before it")
+def _leases(journal: Journal, found: _Found) -> list[Lease]:
+    folder = run_folder(journal.run_id) + "lease/"
+    names = [name for name in journal.store.list(folder) if name.endswith(".json")]
+    leases: list[Lease] = []
+    for name, data in zip(names, journal.store.get_many(names), strict=True):
+        try:
+            if data is not None:
+                leases.append(unseal(Lease, data, name))
+        except CorruptRecord as error:
+            found.is_corrupt(error)
+    epochs = [int(name.rpartition("/")[2].removesuffix(".json")) for name in names]
+    found.problems += [f"the lease of epoch {n} is lost" for n in range(1, max(epochs, default=0)) if n not in epochs]
+    return leases
+
+
+def _roots(journal: Journal, snapshot: Snapshot, found: _Found, noted_root: str | None) -> tuple[str, int]:
+    """Check the chain of roots and what they cover; returns the last root and how many records are covered."""
+    roots = [""]
+    covered: dict[str, str] = {}
+    closed = [event for event in snapshot.events if isinstance(event, LegClosedEvent)]
+    for event in closed:
+        if event.previous_root != roots[-1]:
+            found.problems.append(f"the close of leg {event.epoch} chains on another root than that of the close before it")
         if chain_root(event.previous_root, event.covers) != event.root:
-            found.problems.append(f"the root of event {number} is not that of what it covers")
-        previous = event.root
+            found.problems.append(f"the root of leg {event.epoch} is not that of what it covers")
+        roots.append(event.root)
         covered.update(event.covers)
     for key, sha in covered.items():
-        if key not in snapshot.hashes:
+        if key in snapshot.hashes:
+            if snapshot.hashes[key] != sha:
+                found.problems.append(f"the record `{key}` was changed since its leg closed")
+        elif step_name(journal.run_id, key) not in found.corrupt:
             found.problems.append(f"the record `{key}` is lost: a closed leg covers it")
-        elif snapshot.hashes[key] != sha:
-            found.problems.append(f"the record `{key}` was changed since its leg closed")
-    found.root, found.covered = previous, sum(key in covered for key in snapshot.hashes)
-    if noted_root is not None and noted_root != previous:
-        found.problems.append("the last root is not the one that ZenML's run metadata holds")
-    elif noted_root is None and previous and snapshot.last_close is not None and snapshot.last_close.status == "completed":
-        found.notes.append("ZenML's run metadata holds no root yet")
-    closed = {event.epoch for event in snapshot.events if isinstance(event, LegClosedEvent)}
+    if noted_root is not None and noted_root not in roots:
+        found.problems.append("ZenML's run metadata holds a root that is not in the journal: events of it were changed or lost")
+    elif noted_root != roots[-1] and len(roots) > 1:
+        found.notes.append("ZenML's run metadata does not hold the last root yet: its leg was killed before it could note it")
+    last = max((event.epoch for event in closed), default=0)
     for key in sorted(set(snapshot.hashes) - set(covered)):
         record = snapshot.records[key]
-        if closed and record.epoch < max(closed):
-            found.notes.append(
-                f"`{record.display}` is late: a superseded executor (epoch {record.epoch}) stored it; nothing used it"
+        if record.epoch <= last:
+            told = (
+                f"`{record.display}` is late: leg {record.epoch} stored it when it was superseded or had ended; nothing used it"
             )
+            found.notes.append(told)
+    return roots[-1], sum(key in covered for key in snapshot.hashes)
 
 
-def _legs(journal: Journal, snapshot: Snapshot, found: Verification) -> None:
+def _legs(journal: Journal, snapshot: Snapshot, leases: Sequence[Lease], found: _Found) -> None:
     closed = {event.epoch for event in snapshot.events if isinstance(event, LegClosedEvent)}
-    leases = journal.leases()
-    found.legs = sum(lease.purpose != "settle" for lease in leases)
+    last = max((lease.epoch for lease in leases), default=0)
     for lease in leases:
-        if lease.purpose != "settle" and lease.epoch not in closed:
-            beat = journal.beat(lease.epoch)
-            how = "released its lease" if beat is not None and beat.released else "was killed or superseded, or is running"
-            found.notes.append(f"the leg of epoch {lease.epoch} ({lease.holder}) closed nothing: it {how}")
+        if lease.purpose == "settle" or lease.epoch in closed:
+            continue
+        beat = journal.beat(lease.epoch)
+        if beat is not None and beat.released:
+            how = "gave up before it began"
+        elif lease.epoch < last or is_gone(lease.holder):
+            how = "was killed or superseded and closed nothing"
+        else:
+            how = "has not closed yet: it may still be at work"
+        own = sum(record.epoch == lease.epoch for record in snapshot.records.values())
+        found.notes.append(f"leg {lease.epoch} ({lease.holder}) {how}; it stored {own} record{'s' * (own != 1)}")
 
 
-def _record(journal: Journal, snapshot: Snapshot, key: str, record: StepRecord, found: Verification) -> None:
+def _record(journal: Journal, snapshot: Snapshot, key: str, record: StepRecord, found: _Found) -> None:
     if record.run_id != journal.run_id:
         found.problems.append(f"the record `{key}` belongs to run {record.run_id}")
     value = record.outcome
@@ -123,7 +185,9 @@ def _inputs_problem(journal: Journal, snapshot: Snapshot, record: StepRecord) ->
 
     try:
         trees = resolve_inputs(record.inputs, lambda key: snapshot.records[key].inputs, outcome)
-    except (KeyError, IndexError, TypeError, KitaruError) as error:
+    except KeyError as missing:
+        return f"refer to a record that is not there: {missing.args[0]}"
+    except (IndexError, TypeError, KitaruError) as error:
         return f"refer to what is not there ({type(error).__name__}: {error})"
     for name, digest in record.arguments.items():
         if name in trees and digest_tree(trees[name])[: len(digest)] != digest:

@@ -117,8 +117,10 @@ def build_report(
             current[record.path] = (key, record)
     steps = [record for _, record in current.values()]
     finished = sorted((r for r in steps if r.failure is None), key=lambda r: r.number, reverse=True)
-    on_chain = (record for record in steps if record.failure and record.path in failed_paths)
-    failing = max(on_chain, key=lambda record: (len(record.scopes), record.number), default=None)  # the innermost is the cause
+    on_chain = [record for record in steps if record.failure and record.path in failed_paths]
+    passed_on = [record for record in steps if any(_let_through(outer, record) for outer in on_chain)]
+    # The innermost is the cause.
+    failing = max((*on_chain, *passed_on), key=lambda record: (len(record.scopes), record.number), default=None)
     last = tuple(_finished(record) for record in finished[:LAST_STEPS])
 
     def named_inputs(record: StepRecord) -> Mapping[str, Any]:
@@ -145,6 +147,13 @@ def build_report(
         },
         commands=_commands(run_id, failing.display if failing else last[0].display if last else None, failing is not None),
     )
+
+
+def _let_through(outer: StepRecord, inner: StepRecord) -> bool:
+    """Whether a step failed with just the exception that a step inside it raised."""
+    a, b = outer.failure, inner.failure
+    inside = inner.path.startswith(outer.path + "/")
+    return inside and a is not None and b is not None and (a.type, a.message) == (b.type, b.message)
 
 
 def _finished(record: StepRecord) -> FinishedStep:
