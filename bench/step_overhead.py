@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -63,7 +64,9 @@ def floor(steps: int, size: int, threads: int) -> dict[str, Any]:
     folder = f"kitaru/floor-{secrets.token_hex(4)}"
 
     def write(i: int) -> None:
-        data = json.dumps({"payload": payload(size, i), "record": secrets.token_hex(450)}).encode()  # as compressible as the steps'
+        data = json.dumps(
+            {"payload": payload(size, i), "record": secrets.token_hex(450)}
+        ).encode()  # as compressible as the steps'
         began = time.perf_counter()
         assert store.create(f"{folder}/{i}.json", data) is None
         gaps.append(time.perf_counter() - began)
@@ -145,7 +148,7 @@ def resume_many(steps: int, size: int) -> dict[str, Any]:
 
 def timing(starts: list[float], steps: int, began: float, ended: float, cpu: float) -> dict[str, Any]:
     starts = sorted(starts)
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
     working = starts[-1] - starts[0]
     return {
         **spread(gaps),
@@ -161,7 +164,10 @@ def timing(starts: list[float], steps: int, began: float, ended: float, cpu: flo
 
 def spread(times: list[float]) -> dict[str, float]:
     ordered = sorted(times)
-    return {"median_ms": 1000 * statistics.median(ordered), "p99_ms": 1000 * ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]}
+    return {
+        "median_ms": 1000 * statistics.median(ordered),
+        "p99_ms": 1000 * ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
+    }
 
 
 def objects(part: str = "") -> tuple[int, int]:
@@ -184,7 +190,10 @@ def objects(part: str = "") -> tuple[int, int]:
 @contextlib.contextmanager
 def stack_environment(stack: str) -> Iterator[dict[str, str]]:
     """The environment of children that use a ZenML of their own on this stack."""
-    with tempfile.TemporaryDirectory(prefix="kitaru-bench-", dir=os.environ.get("BENCH_DIR")) as folder, contextlib.ExitStack() as services:
+    with (
+        tempfile.TemporaryDirectory(prefix="kitaru-bench-", dir=os.environ.get("BENCH_DIR")) as folder,
+        contextlib.ExitStack() as services,
+    ):
         env = {
             **os.environ,
             "ZENML_CONFIG_PATH": f"{folder}/zenml",
@@ -283,7 +292,7 @@ def summary(results: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{stack}, {label}: a step takes {our['median_ms']:.2f} ms, {our['median_ms'] / low['median_ms']:.2f} times the floor "
                 f"(+{our['median_ms'] - low['median_ms']:.2f} ms); a native step {other['median_ms']:.0f} ms, "
-                f"{other['median_ms'] / our['median_ms']:.0f} times ours; whole run with drain {our['whole_run_ms_per_step']:.1f} ms a step, "
+                f"{other['median_ms'] / our['median_ms']:.0f} times ours; whole run {our['whole_run_ms_per_step']:.1f} ms a step, "
                 f"native {other['whole_run_ms_per_step']:.1f}"
             )
         lines.append(f"{stack}: a chat of 200 turns stores {found['chat']['ratio']:.2f} times its messages")
@@ -323,7 +332,12 @@ def main() -> None:
         print("RESULT " + json.dumps(result))
         return
     stacks = {stack: bench(stack, args.steps, args.native_steps, args.finished) for stack in args.stack or ["local", "s3"]}
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.release()}
+    machine = {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.release(),
+    }
     results = {"machine": machine, "steps": args.steps, "help_s": help_time(), "stacks": stacks}
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")

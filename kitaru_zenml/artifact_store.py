@@ -135,7 +135,7 @@ class _S3Credentials:
             raise StoreAccessDenied(
                 self._uri,
                 "find credentials",
-                "neither the artifact store nor the environment has any; see `zenml artifact-store update NAME --authentication_secret=SECRET`",
+                "neither the artifact store nor the environment has any: `zenml artifact-store update NAME --authentication_secret=...`",
             )
         frozen = self._chain.get_frozen_credentials()  # refreshes what expires
         expires = datetime.now(UTC) + REFRESH if frozen.token else None

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from kitaru_zenml_stacks import loopback
 from zenml.client import Client
 from zenml.enums import StackComponentType
 from zenml.stack import StackComponent
@@ -17,6 +16,7 @@ from kitaru_zenml import artifact_store as module
 from kitaru_zenml.artifact_store import open_store, probe_conditional
 from kitaru_zenml.errors import StoreAccessDenied, StoreNotConditional
 from kitaru_zenml.journal.local import LocalStore
+from kitaru_zenml_stacks import loopback
 
 names = (f"store-{n}" for n in itertools.count())
 

@@ -79,12 +79,48 @@ def round_trip(value: Any) -> Any:
 
 
 VALUES = [
-    None, True, 0, -1, 2**63, 2**200, 1.5, -0.0, math.inf, -math.inf, "", "ä\u2028", "name-\udcff", {"\udcff": 1}, [], {}, (), set(), frozenset({1}), b"\x00\xff",
-    bytearray(b"ab"), [1, [2, (3, {"a": {4, 5}})]], {1: "int key", (1, 2): "tuple key", None: 3}, {"$type": "a lie", "value": 1},
-    dt.datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=dt.UTC), dt.datetime(2026, 1, 2), dt.date(2026, 1, 2), dt.time(1, 2), dt.timedelta(days=-1, microseconds=5),
-    uuid.UUID(int=7), decimal.Decimal("1.10"), 1 + 2j, Colour.RED, Colour.BLUE, Flag.A | Flag.B, Pair(1, [2]), Point(1, Point(2)), Frozen([Point(1)]),
-    Inner(when=dt.datetime(2026, 1, 1), tags={"b", "a"}), Loose(a=2, b=[1]), [Colour.RED, Inner(when=dt.datetime(2026, 1, 1))],
-]  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    2**63,
+    2**200,
+    1.5,
+    -0.0,
+    math.inf,
+    -math.inf,
+    "",
+    "ä\u2028",
+    "name-\udcff",
+    {"\udcff": 1},
+    [],
+    {},
+    (),
+    set(),
+    frozenset({1}),
+    b"\x00\xff",
+    bytearray(b"ab"),
+    [1, [2, (3, {"a": {4, 5}})]],
+    {1: "int key", (1, 2): "tuple key", None: 3},
+    {"$type": "a lie", "value": 1},
+    dt.datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=dt.UTC),
+    dt.datetime(2026, 1, 2),
+    dt.date(2026, 1, 2),
+    dt.time(1, 2),
+    dt.timedelta(days=-1, microseconds=5),
+    uuid.UUID(int=7),
+    decimal.Decimal("1.10"),
+    1 + 2j,
+    Colour.RED,
+    Colour.BLUE,
+    Flag.A | Flag.B,
+    Pair(1, [2]),
+    Point(1, Point(2)),
+    Frozen([Point(1)]),
+    Inner(when=dt.datetime(2026, 1, 1), tags={"b", "a"}),
+    Loose(a=2, b=[1]),
+    [Colour.RED, Inner(when=dt.datetime(2026, 1, 1))],
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: repr(v)[:40])
@@ -163,7 +199,9 @@ class Teapot(Exception):
         self.code, self.hint = code, hint
 
 
-@pytest.mark.parametrize("error", [ValueError("a", 1), KeyError("k"), OSError(2, "No such file"), Teapot(418, hint="pour"), StepTimeout("s", 2.0)])
+@pytest.mark.parametrize(
+    "error", [ValueError("a", 1), KeyError("k"), OSError(2, "No such file"), Teapot(418, hint="pour"), StepTimeout("s", 2.0)]
+)
 def test_an_exception_comes_back_with_type_message_and_attributes(error: Exception) -> None:
     back = codec.decode_failure(codec.encode_failure(error))
     assert type(back) is type(error) and str(back) == str(error) and back.args == error.args

@@ -6,10 +6,10 @@ import asyncio
 import threading
 
 import pytest
-from tests import flows_in_process as flows
 
 from kitaru_zenml import NotDurableError, current_step, resume
 from kitaru_zenml.errors import EventLoopRunning, NotInRun, RunFinished
+from tests import flows_in_process as flows
 
 
 def test_outside_a_flow_a_checkpoint_is_a_plain_call() -> None:
@@ -100,7 +100,7 @@ def test_the_public_names_are_what_they_say_whatever_was_imported_first() -> Non
     assert callable(kitaru_zenml.flow) and callable(kitaru_zenml.checkpoint) and callable(resume)
     assert issubclass(kitaru_zenml.StepInDoubt, kitaru_zenml.KitaruError) and NotDurableError is kitaru_zenml.NotDurableError
     with pytest.raises(AttributeError):
-        kitaru_zenml.nothing  # noqa: B018
+        kitaru_zenml.nothing
 
 
 def test_options_given_at_the_call_reach_the_run() -> None:

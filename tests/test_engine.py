@@ -23,7 +23,6 @@ from kitaru_zenml.journal.records import StepRecord
 from kitaru_zenml.options import FlowOptions, StepOptions
 from kitaru_zenml.recorded import now, random, uuid4
 from kitaru_zenml.resumption import _reopen, refuse_doubt
-
 from tests.simulation import Crash, MemoryStore, run_leg
 
 ran: list[str] = []
@@ -329,7 +328,9 @@ def test_drift_stops_the_run_and_shows_the_argument() -> None:
     ended, _ = run_leg(store, flow)
     assert isinstance(ended.error, InputsDrifted)
     assert ended.error.changes == (("today", "Monday", "Tuesday"),) and ended.error.step == "stamp#0"
-    assert "--drift reuse" in str(ended.error) and "--drift rerun" in str(ended.error) and 'ignore=("today",)' in str(ended.error)
+    assert (
+        "--drift reuse" in str(ended.error) and "--drift rerun" in str(ended.error) and 'ignore=("today",)' in str(ended.error)
+    )
     assert ran == ["Monday"]
 
 

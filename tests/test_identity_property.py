@@ -1,4 +1,4 @@
-"""Step identity and delivery order, held to random flows, latencies and crashes (DESIGN §4): nothing swapped, nothing twice, no false alarm.
+"""Step identity and delivery order, held to random flows, latencies and crashes: nothing swapped, nothing twice, no false alarm.
 
 A flow is a list of shapes. It runs, dies at a random record, and is resumed with other latencies until it ends. Every leaf step returns
 its inputs and a random number, so that a result that came from another call, or a second run, shows.
@@ -161,7 +161,7 @@ async def sync_in_tasks(k: int) -> Any:
 
 async def hedge(k: int) -> Any:
     tasks = [asyncio.ensure_future(fetch(k, i)) for i in range(2)]
-    first, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    _, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in rest:
         task.cancel()
     await asyncio.gather(*rest, return_exceptions=True)

@@ -7,17 +7,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kitaru_zenml_stacks import loopback
-from tests import flows_in_process as flows
 from zenml.client import Client
 
 from kitaru_zenml.lineage.failure import load_failure
 from kitaru_zenml.runs import find_run, open_journal
+from kitaru_zenml_stacks import loopback
+from tests import flows_in_process as flows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,13 +113,15 @@ def in_process(env: dict[str, str], code: str, folder: Path) -> subprocess.Popen
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    yield tmp_path / "server", loopback.free_port()
+def own_server(tmp_path: Path) -> tuple[Path, int]:
+    return tmp_path / "server", loopback.free_port()
 
 
 @pytest.mark.server
 @pytest.mark.timeout(240)
-def test_steps_go_on_while_the_server_is_down_and_lineage_is_complete_when_it_is_back(own_server: tuple[Path, int], tmp_path: Path) -> None:
+def test_steps_go_on_while_the_server_is_down_and_lineage_is_complete_when_it_is_back(
+    own_server: tuple[Path, int], tmp_path: Path
+) -> None:
     folder, port = own_server
     with loopback.zenml_server(folder, port=port) as server:
         env = server.client_env(tmp_path / "client")

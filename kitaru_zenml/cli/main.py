@@ -47,3 +47,7 @@ def main(**_: Any) -> None:
 
     RUN is a run's id, an unambiguous prefix of it, or its name. Every command takes --output json.
     """
+
+
+if __name__ == "__main__":
+    main()

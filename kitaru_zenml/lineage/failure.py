@@ -311,5 +311,3 @@ def parse_report(data: bytes, name: str) -> FailureReport:
         return FailureReport.model_validate_json(data)
     except ValidationError as error:
         raise CorruptRecord(name, f"it is not a failure report: {error.errors()[0]['msg']}") from error
-
-

@@ -2,8 +2,9 @@
 
 It is fed with record keys, not values, and reads the records from the journal. Steps go first: talking to ZenML costs some 30 ms of
 processor time a step, which a flow in the same process would wait for, so it waits for a pause (a model call, say), and takes a tenth of
-the time at most while there is none. It keeps the records' order, takes what has queued up as one batch, and retries for as long as ZenML does not answer; what it has not told when the process dies, `reconcile` finds on
-resume. A record that ZenML refuses while it answers others is given up and reported, so that it does not hold up the rest.
+the time at most while there is none. It keeps the records' order, takes what has queued up as one batch, and retries for as long as ZenML
+does not answer; what it has not told when the process dies, `reconcile` finds on resume. A record that ZenML refuses while it answers
+others is given up and reported, so that it does not hold up the rest.
 """
 
 from __future__ import annotations

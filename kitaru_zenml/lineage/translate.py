@@ -327,9 +327,7 @@ def _started(record: StepRecord) -> datetime:
     return max(record.started_at, record.attempts[-1].ended_at) if record.attempts else record.started_at
 
 
-def _step(
-    key: str, record: StepRecord, sha256: str, name: str, edges: Edges, retries: int, attempt: int | None
-) -> Step:
+def _step(key: str, record: StepRecord, sha256: str, name: str, edges: Edges, retries: int, attempt: int | None) -> Step:
     config = StepConfiguration(
         name=record.name,
         step_type=_STEP_TYPES.get(record.kind),

@@ -16,6 +16,7 @@ from kitaru_zenml.journal.local import LocalStore
 from tests.conftest import s3_store
 from tests.crash.harness import ROOT, Case, Zygote, environment, fresh_folder
 
+
 @dataclass
 class World:
     """A ZenML with its zygote, and the stores of its stacks."""

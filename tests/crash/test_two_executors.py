@@ -36,7 +36,9 @@ def hooks(case: Case) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["local", "moto"])
-def test_a_stopped_executor_that_was_taken_over_touches_nothing_when_it_goes_on(kind: str, new_case: Callable[..., Case]) -> None:
+def test_a_stopped_executor_that_was_taken_over_touches_nothing_when_it_goes_on(
+    kind: str, new_case: Callable[..., Case]
+) -> None:
     case = new_case(kind, **SLOW)
     first = started(case)
     first.stop(case.zygote.database)
@@ -97,7 +99,10 @@ def test_of_two_resumes_at_once_one_runs_and_one_is_refused(new_case: Callable[.
     first.wait()
     racing = [case.start("resume", run=case.run) for _ in range(2)]
     answers = [leg.answer for leg in racing]
-    assert sorted(a.get("error", a.get("status")) for a in answers) in (["RunIsLeased", "completed"], ["RunFinished", "completed"])
+    assert sorted(a.get("error", a.get("status")) for a in answers) in (
+        ["RunIsLeased", "completed"],
+        ["RunFinished", "completed"],
+    )
     winner = next(a for a in answers if "status" in a)
     assert not winner["problems"] and not winner["differences"]
     assert len(case.effect_lines()) <= 13, "only the step in flight at the kill may run again"

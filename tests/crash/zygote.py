@@ -22,7 +22,6 @@ def main() -> None:
 
     import kitaru_zenml.flows
     import kitaru_zenml.resumption  # noqa: F401
-
     from tests.crash import flows  # noqa: F401
 
     print(json.dumps({"ready": True}), flush=True)
@@ -64,7 +63,6 @@ def perform(order: dict[str, Any]) -> dict[str, Any]:
     """Run or resume a flow, and look at what came of it."""
     from kitaru_zenml import leg as legs
     from kitaru_zenml import resumption, runs
-
     from tests.crash import flows
     from tests.crash.killing import KillingStore
 
@@ -75,7 +73,9 @@ def perform(order: dict[str, Any]) -> dict[str, Any]:
         def open_store(component: Any) -> Any:
             if not killing:
                 killing.append(
-                    KillingStore(opened(component), order["at"], order["when"], Path(order["ops"]), order.get("recorder", False))
+                    KillingStore(
+                        opened(component), order["at"], order["when"], Path(order["ops"]), order.get("recorder", False)
+                    )
                 )
             return killing[0]
 

@@ -11,7 +11,6 @@ from kitaru_zenml.errors import LeaseLost, RunIsLeased
 from kitaru_zenml.journal import lease as leases
 from kitaru_zenml.journal.journal import Journal
 from kitaru_zenml.journal.records import Holder, seal
-
 from tests.simulation import MemoryStore
 
 

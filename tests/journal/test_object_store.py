@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kitaru_zenml_stacks import loopback
 
 from kitaru_zenml.artifact_store import probe_conditional
 from kitaru_zenml.checkpoints import checkpoint
 from kitaru_zenml.errors import BucketNotFound, StoreAccessDenied, StoreNotConditional, StoreUnavailable
 from kitaru_zenml.journal.object_store import ObjectStore
-
+from kitaru_zenml_stacks import loopback
 from tests.conftest import s3_store
 from tests.faults import Faults, faulty
 from tests.simulation import run_leg

@@ -94,4 +94,14 @@ def test_a_record_key_is_flat_and_short_whatever_the_name() -> None:
 def test_the_root_depends_on_every_record_and_on_the_root_before() -> None:
     root = r.chain_root("", {"a": "1", "b": "2"})
     assert root == r.chain_root("", {"b": "2", "a": "1"})
-    assert len({root, r.chain_root("x", {"a": "1", "b": "2"}), r.chain_root("", {"a": "1", "b": "3"}), r.chain_root("", {"a": "1"})}) == 4
+    assert (
+        len(
+            {
+                root,
+                r.chain_root("x", {"a": "1", "b": "2"}),
+                r.chain_root("", {"a": "1", "b": "3"}),
+                r.chain_root("", {"a": "1"}),
+            }
+        )
+        == 4
+    )

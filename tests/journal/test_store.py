@@ -13,7 +13,6 @@ import pytest
 from kitaru_zenml.artifact_store import probe_conditional
 from kitaru_zenml.errors import StoreNotConditional
 from kitaru_zenml.journal.store import ObjectNotFound, Store
-
 from tests.simulation import MemoryStore
 
 
@@ -51,7 +50,9 @@ def test_of_racing_processes_one_wins(store: Store, tmp_path: Any) -> None:
     for i in range(6):
         pid = os.fork() if store.uri.startswith("/") else 0
         if pid == 0:
-            if not store.uri.startswith("/"):  # obstore's threads do not survive a fork: the object stores race in threads above
+            if not store.uri.startswith(
+                "/"
+            ):  # obstore's threads do not survive a fork: the object stores race in threads above
                 break
             won = store.create("kitaru/r/forked", b"%d" % i) is None
             os._exit(0 if won else 1)

@@ -45,9 +45,7 @@ def test_an_outcome_loads_in_a_process_that_never_saw_the_flow(scene: Scene, rec
 
 
 def test_a_large_outcome_loads_from_its_blob(scene: Scene, recorder: Recorder) -> None:
-    encoded = encode_value(
-        ["x" * 100] * 50, step="fetch", inline_limit=100, folder=lambda: "", materializers=None
-    )
+    encoded = encode_value(["x" * 100] * 50, step="fetch", inline_limit=100, folder=lambda: "", materializers=None)
     assert isinstance(encoded.value, BlobValue)
     assert encoded.blob is not None
     scene.store.create(blob_name(str(scene.run.id), encoded.blob[0]), encoded.blob[1])

@@ -157,9 +157,7 @@ def test_two_records_of_one_display_name_are_both_shown(scene: Scene, recorder: 
 
 
 def test_long_names_are_shortened_and_stay_apart(scene: Scene, recorder: Recorder) -> None:
-    scopes = tuple(
-        Scope(path="/" + "x" * n, name="scope" * 18, ordinal=n, digest="d", turn=("", 0)) for n in range(5)
-    )
+    scopes = tuple(Scope(path="/" + "x" * n, name="scope" * 18, ordinal=n, digest="d", turn=("", 0)) for n in range(5))
     recorder.register_now([scene.record(scopes=scopes), scene.record(scopes=scopes)])
     names = list(scene.steps())
     assert len(names) == 2
