@@ -81,6 +81,6 @@ def run_isolated(checkpoint: Checkpoint[Any, Any], arguments: dict[str, Any]) ->
     source = source_utils.resolve(checkpoint.__wrapped__, skip_validation=True).import_path
     output = context.runner.launch_step(native, id=name, args=(), kwargs={"function": source, "arguments": trees})
     assert isinstance(output, OutputArtifact), "run_checkpoint has one output"
-    here.step.step_run = name
+    here.step.step_run = str(output.producer_step_run_id)
     value = output.load()
     return from_tree(value["tree"]) if isinstance(value, dict) and set(value) == {"tree"} else value
