@@ -117,9 +117,16 @@ class _S3Credentials:
     def __init__(self, artifact_store: Any, uri: str) -> None:
         self._artifact_store, self._uri = artifact_store, uri
         self._chain: Any = None
+        self._latest: tuple[Any, ...] | None = None
 
     def __call__(self) -> dict[str, Any]:
-        key, secret, token, _ = self._artifact_store.get_credentials()
+        try:
+            self._latest = self._artifact_store.get_credentials()
+        except Exception:
+            # The ZenML server is away: a run goes on without it as long as what it gave last is valid, which the store decides.
+            if self._latest is None:
+                raise
+        key, secret, token, _ = self._latest
         if key and secret:
             temporary = token is not None or self._artifact_store.connector is not None
             expires = datetime.now(UTC) + REFRESH if temporary else None

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from zenml import step
+from zenml.client import Client
 from zenml.config import ResourceSettings
 from zenml.enums import StepRuntime
 from zenml.execution.pipeline.dynamic.outputs import OutputArtifact
@@ -81,6 +82,7 @@ def run_isolated(checkpoint: Checkpoint[Any, Any], arguments: dict[str, Any]) ->
     source = source_utils.resolve(checkpoint.__wrapped__, skip_validation=True).import_path
     output = context.runner.launch_step(native, id=name, args=(), kwargs={"function": source, "arguments": trees})
     assert isinstance(output, OutputArtifact), "run_checkpoint has one output"
-    here.step.step_run = str(output.producer_step_run_id)
+    found = Client().list_run_steps(pipeline_run_id=context.run.id, name=name, exclude_retried=True, size=1)
+    here.step.step_run = str(found.items[0].id)
     value = output.load()
     return from_tree(value["tree"]) if isinstance(value, dict) and set(value) == {"tree"} else value

@@ -41,7 +41,7 @@ from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease, is_gone, take_lease
-from kitaru_zenml.journal.records import RetryEvent, RunInfo
+from kitaru_zenml.journal.records import Beat, InFlight, RetryEvent, RunInfo, display_path
 from kitaru_zenml.lineage.failure import FailureReport, build_report, register_failure
 from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 from kitaru_zenml.lineage.recorder import Recorder
@@ -333,10 +333,24 @@ def failure_report(
         ending=ending,
         records=snapshot.records,
         failure=encode_failure(error) if error is not None else None,
-        in_flight=beat.in_flight if beat is not None and ending == "found dead" else (),
+        in_flight=_cut_off(snapshot, beat) if ending == "found dead" else (),
         failed_paths=paths_on_chain(error) if error is not None else (),
         inputs_of=lambda record: input_trees(journal, record),
     )
+
+
+def _cut_off(snapshot: Snapshot, beat: Beat | None) -> tuple[InFlight, ...]:
+    """What was executing when a process died: by its last heartbeat, and by the records of what happened inside."""
+    recorded = {record.path for record in snapshot.records.values()}
+    found = {flight.path: flight for flight in (beat.in_flight if beat is not None else ()) if flight.path not in recorded}
+    for record in snapshot.records.values():
+        for depth, scope in enumerate(record.scopes):
+            if scope.path not in recorded and scope.path not in found:
+                display = display_path(record.scopes[: depth + 1])
+                found[scope.path] = InFlight(
+                    path=scope.path, display=display, kind=scope.kind, started_at=record.started_at
+                )
+    return tuple(sorted(found.values(), key=lambda flight: flight.started_at))
 
 
 def found_dead(run: PipelineRunResponse, journal: Journal) -> int | None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def zenml_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.
         yield server
 
 
-def s3_store(s3: loopback.S3, prefix: str, *, endpoint: str | None = None, patience: float = 20, **config: Any) -> ObjectStore:
+def s3_store(
+    s3: loopback.S3, prefix: str, *, endpoint: str | None = None, patience: float = 20, read_timeout: float = 20, **config: Any
+) -> ObjectStore:
     """A store below a prefix of the endpoint's bucket."""
     import obstore.store
 
@@ -76,8 +79,8 @@ def s3_store(s3: loopback.S3, prefix: str, *, endpoint: str | None = None, patie
         "virtual_hosted_style_request": False,
     } | config  # fmt: skip
     client = stores.S3Store(
-        s3.bucket, prefix=prefix, config=settings, client_options={**CLIENT_OPTIONS, "allow_http": True},
-        retry_config=retry_options(patience),
+        s3.bucket, prefix=prefix, config=settings, retry_config=retry_options(patience),
+        client_options={**CLIENT_OPTIONS, "allow_http": True, "read_timeout": timedelta(seconds=read_timeout)},
     )  # fmt: skip
     return ObjectStore(client, f"{s3.uri}/{prefix}", patience)
 

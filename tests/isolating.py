@@ -25,7 +25,7 @@ class IsolatingOrchestrator(LocalOrchestrator):
             snapshot_id=step_run_info.snapshot.id,
             step_run_id=str(step_run_info.step_run_id),
         )
-        log = open(os.environ["ISOLATED_LOG"], "ab")  # noqa: SIM115
+        log = open(os.environ["ISOLATED_LOG"], "ab")
         process = subprocess.Popen(
             [sys.executable, *command[1:], *arguments], env={**os.environ, **environment}, stdout=log, stderr=log
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -84,6 +84,19 @@ def test_credentials_that_expire_are_asked_for_again(moto: loopback.S3, monkeypa
     for i in range(4):
         store.create(f"kitaru/r/{i}", b"x")
     assert len(asked) >= 3
+
+
+def test_session_keys_are_used_on_while_zenml_is_away(moto: loopback.S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REFRESH", timedelta(0))  # ask before every request
+    artifact_store = component({**moto.artifact_store_config("away"), "token": "session"})
+    store = open_store(artifact_store)
+    assert store.create("kitaru/r/1", b"x") is None
+
+    def away() -> Any:
+        raise ConnectionError("the ZenML server does not answer")
+
+    monkeypatch.setattr(artifact_store, "get_credentials", away)
+    assert store.create("kitaru/r/2", b"x") is None
 
 
 def test_a_flavor_that_cannot_write_conditionally_is_refused() -> None:

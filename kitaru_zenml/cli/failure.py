@@ -48,10 +48,9 @@ def _print(report: FailureReport, status: str) -> None:
     if status == "completed":
         console.print(Text("A later leg went on from there: the run is completed now.", style="green"))
     step = report.failing_step
-    console.print()
     if report.failure is not None:
         named = report.failure.type.rpartition(":")[2]
-        console.print(Text.assemble((f"{named}: ", "bold red"), report.failure.message))
+        console.print(Text.assemble((f"\n{named}: ", "bold red"), report.failure.message))
     if step is not None:
         console.print(Text.assemble("in step ", (step.display, "bold"), f", {step.attempts} attempt{'s'[: step.attempts - 1]}"))
         for name, tree in step.inputs.items():

@@ -19,13 +19,14 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.text import Text
 
 from kitaru_zenml.errors import KitaruError
 from kitaru_zenml.progress import words
 
-console = Console(highlight=False, soft_wrap=True)
+WIDE = 240  # columns where there is no terminal: a file or a pipe loses nothing at its edge
+_width = None if (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ else WIDE
+console = Console(highlight=False, soft_wrap=True, width=_width)
 STYLES = {
     "completed": "green", "finished": "green", "ok": "green", "running": "cyan", "in flight": "cyan", "resuming": "cyan", "failed": "red",
     "problem": "red", "in doubt": "red", "paused": "yellow", "dead": "yellow", "retried": "yellow", "stopped": "yellow",
@@ -128,16 +129,16 @@ def command_to_type(command: str) -> Text:
     return Text(command, style="bold")
 
 
-def section(title: str, body: str | Text, style: str = "dim") -> None:
+def section(title: str, body: str, style: str = "dim") -> None:
     """Print a titled block, indented and unframed, so that it can be copied."""
     console.print(Text(title, style=style))
-    console.print(Padding(body if isinstance(body, Text) else Text(body), (0, 0, 0, 2)))
+    console.print(Text("\n".join(f"  {line}" for line in body.splitlines()) or "  "))
 
 
-def value(tree: Any) -> Text:
+def value(tree: Any) -> str:
     """A value for a person: text as it is, all else as JSON, the end left out if it is long."""
     text = tree if isinstance(tree, str) else json.dumps(tree, indent=2, ensure_ascii=False, default=str)
-    return Text(text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... {len(text):,} characters; all of it with --output json")
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... {len(text):,} characters; all of it with --output json"
 
 
 def traceback_of(failure: Any) -> str:

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from kitaru_zenml.cli.output import ago, cli_command, command_to_type, console, styled
+from kitaru_zenml.cli.output import STYLES, ago, cli_command, command_to_type, console
 
 if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
@@ -90,11 +90,13 @@ def _print(found: list[dict[str, Any]], filtered: bool) -> None:
         console.print("No runs like that." if filtered else "No runs. Start one with `your_flow.run(...)`.")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("run", "flow", "status", "created", "stack", "name"):
-        table.add_column(column, no_wrap=True)
-    for run in found:
-        texts = [Text(run["id"][:13]), Text(run["flow"]), Text.from_markup(styled(run["status"])), Text(ago(run["created"]))]
-        table.add_row(*texts, Text(run["stack"]), Text(run["name"]))
+    rows = [[run["id"][:13], run["flow"], run["status"], ago(run["created"]), run["stack"], run["name"]] for run in found]
+    for number, column in enumerate(("run", "flow", "status", "created", "stack", "name")):
+        # What does not fit is taken from the name.
+        wide = max(len(row[number]) for row in rows) if column != "name" else 4
+        table.add_column(column, no_wrap=True, min_width=max(wide, len(column)))
+    for row in rows:
+        table.add_row(*(Text(text, style=STYLES.get(text, "default") if n == 2 else "") for n, text in enumerate(row)))
     console.print(table)
     dead = next((run for run in found if run["status"] == "dead"), None)
     advice = f"kitaru resume {dead['id'][:13]}" if dead else f"kitaru show {found[0]['id'][:13]}"

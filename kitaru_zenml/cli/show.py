@@ -191,7 +191,7 @@ def _next(run_id: str, status: str, steps: list[dict[str, Any]]) -> str:
     if doubtful is not None:
         return f"kitaru settle {run_id} '{doubtful['step']}' --value JSON|--retry"
     if status in ("failed", "dead", "paused"):
-        return f"kitaru resume {run_id}" + (f"   (why: kitaru failure {run_id})" if status == "failed" else "")
+        return f"kitaru resume {run_id}"
     return f"kitaru show {run_id} --watch" if status not in ENDED else f"kitaru verify {run_id}"
 
 
@@ -207,6 +207,8 @@ def render(view: dict[str, Any], live: bool = False) -> Group:
     head.append(f"  run {view['run']}  started {ago(view['created'])}", "dim")
     facts = Text(f"{_facts(view)}", "dim")
     following = Text.assemble("Next: ", command_to_type(view["next"]))
+    if view["status"] in ("failed", "dead"):
+        following = Text.assemble("Why:  ", command_to_type(f"kitaru failure {view['run']}"), "\n", following)
     tree = Tree(head, guide_style="dim")
     if live:  # at the top, because what does not fit is cut off at the bottom
         tree.label = Text.assemble(head, "\n", facts)

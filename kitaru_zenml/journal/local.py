@@ -26,6 +26,7 @@ _TEMPORARY = ".kitaru-tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_VANISHED = 5  # tries of a create whose folder is removed meanwhile
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
@@ -70,29 +71,33 @@ class LocalStore:
 
     def create(self, name: str, data: bytes) -> bytes | None:
         """See `Store.create`."""
-        with self._translated(f"create `{name}`"):
-            parent, leaf = self._split(name)
-            folder = self._open_folder(parent)
-            try:
-                temporary = self._write_temporary(folder, data)
+        action = f"create `{name}`"
+        parent, leaf = self._split(name)
+        for _ in range(_VANISHED):
+            with self._translated(action):
                 try:
-                    won = self._link(folder, temporary, leaf)
-                finally:
-                    with suppress(OSError):
-                        os.unlink(temporary, dir_fd=folder)
-                os.fsync(folder)
-                if won:
-                    return None
-                stored = _read(leaf, folder)
-            except FileNotFoundError:
-                # The folder was removed under our feet, or the winner's object between link and read: neither is stored now.
-                self._forget(parent)
-                stored = None
+                    return self._create(parent, leaf, data)
+                except FileNotFoundError:
+                    # The folder was removed under our feet, or the winner's object between link and read: neither is stored now.
+                    self._forget(parent)
+        raise StoreUnavailable(self._root, action, "its folder or the object is removed again and again while we write")
+
+    def _create(self, parent: str, leaf: str, data: bytes) -> bytes | None:
+        folder = self._open_folder(parent)
+        try:
+            temporary = self._write_temporary(folder, data)
+            try:
+                won = self._link(folder, temporary, leaf)
             finally:
-                os.close(folder)
-        if stored is None:
-            return self.create(name, data)
-        return None if stored == data else stored
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+            os.fsync(folder)
+            if won:
+                return None
+            stored = _read(leaf, folder)
+            return None if stored == data else stored
+        finally:
+            os.close(folder)
 
     async def create_async(self, name: str, data: bytes) -> bytes | None:
         """See `Store.create_async`."""

@@ -1,15 +1,18 @@
 """The store on S3, Google Cloud Storage and Azure Blob Storage, through obstore, with conditional creates.
 
 A create is one PUT with `If-None-Match: *`, which these stores decide atomically. obstore sends a request again after a 5xx or a broken
-connection; when the first one had been committed after all, the second answers "already exists" for our own object. So on that answer the
-object is read and compared: equal bytes (every object carries its writer's nonce) mean that we won.
+connection, but not a PUT that timed out, so that is done here. When the first one had been committed after all, the second answers
+"already exists" for our own object. So on that answer the object is read and compared: equal bytes (every object carries its writer's
+nonce) mean that we won. A store that answers so (409) while a concurrent create is being decided has no object to read yet: try again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +20,6 @@ from typing import Any, TypeVar
 import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
-    BaseError,
     NotFoundError,
     NotSupportedError,
     PermissionDeniedError,
@@ -31,11 +33,16 @@ from kitaru_zenml.journal.store import ObjectNotFound
 T = TypeVar("T")
 PATIENCE = 30.0  # seconds that one operation is tried for
 READERS = 24  # concurrent reads of `get_many`
-CLIENT_OPTIONS: dict[str, Any] = {"timeout": timedelta(seconds=20), "connect_timeout": timedelta(seconds=5)}
+# A request may wait 20 s for the store to say something; a large download that keeps coming may take longer in all.
+CLIENT_OPTIONS: dict[str, Any] = {
+    "connect_timeout": timedelta(seconds=5),
+    "read_timeout": timedelta(seconds=20),
+    "timeout": timedelta(minutes=10),
+}
 
 
 def retry_options(patience: float = PATIENCE) -> dict[str, Any]:
-    """How obstore retries by itself: 5xx, timeouts and broken connections, for `patience` seconds."""
+    """How obstore retries by itself: 5xx, broken connections and reads that timed out, for `patience` seconds."""
     backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=4), "base": 2}
     return {"max_retries": 12, "retry_timeout": timedelta(seconds=patience), "backoff": backoff}
 
@@ -46,7 +53,7 @@ class ObjectStore:
     Args:
         client: An obstore store whose root is the artifact store's root.
         uri: The artifact store's root, as ZenML names it.
-        patience: Seconds that an operation is tried for when the store answers with a conflict; obstore's own retries are the client's.
+        patience: Seconds that a create is tried for when it conflicts or times out; obstore's own retries are the client's.
     """
 
     def __init__(self, client: Any, uri: str, patience: float = PATIENCE) -> None:
@@ -61,43 +68,47 @@ class ObjectStore:
 
     def create(self, name: str, data: bytes) -> bytes | None:
         """See `Store.create`."""
-        action, deadline = f"create `{name}`", time.monotonic() + self._patience
+        action, pauses = f"create `{name}`", _pauses(self._patience)
         while True:
             try:
                 obstore.put(self._client, name, data, mode="create", use_multipart=False)
                 return None
-            except AlreadyExistsError:
+            except AlreadyExistsError as conflict:
                 try:
                     stored = self.get(name)
                     return None if stored == data else stored
-                except ObjectNotFound:  # deleted meanwhile
-                    self._conflict(action, deadline, "the object appears and disappears")
-            except PreconditionError as error:  # 409: a concurrent create is being decided
-                self._conflict(action, deadline, _first_line(error))
-                time.sleep(0.05)
+                except ObjectNotFound:
+                    pause = self._pause(conflict, action, pauses)
             except Exception as error:
-                raise self._translated(error, action) from error
+                pause = self._pause(error, action, pauses)
+            time.sleep(pause)
 
     async def create_async(self, name: str, data: bytes) -> bytes | None:
         """See `Store.create_async`."""
-        action, deadline = f"create `{name}`", time.monotonic() + self._patience
+        action, pauses = f"create `{name}`", _pauses(self._patience)
         while True:
             try:
                 await obstore.put_async(self._client, name, data, mode="create", use_multipart=False)
                 return None
-            except AlreadyExistsError:
+            except AlreadyExistsError as conflict:
                 try:
                     stored = bytes(await (await obstore.get_async(self._client, name)).bytes_async())
                     return None if stored == data else stored
                 except (NotFoundError, FileNotFoundError):
-                    self._conflict(action, deadline, "the object appears and disappears")
+                    pause = self._pause(conflict, action, pauses)
                 except Exception as error:
-                    raise self._translated(error, action) from error
-            except PreconditionError as error:
-                self._conflict(action, deadline, _first_line(error))
-                await asyncio.sleep(0.05)
+                    raise self._translated(error, f"read `{name}`") from error
             except Exception as error:
-                raise self._translated(error, action) from error
+                pause = self._pause(error, action, pauses)
+            await asyncio.sleep(pause)
+
+    def _pause(self, error: Exception, action: str, pauses: Iterator[float]) -> float:
+        """How long to wait before a create is tried again; raises if that is in vain or patience is over."""
+        if isinstance(error, AlreadyExistsError | PreconditionError) or "HTTP error: " in _said(error):
+            pause = next(pauses, None)
+            if pause is not None:
+                return pause
+        raise self._translated(error, action) from error
 
     def overwrite(self, name: str, data: bytes) -> None:
         """See `Store.overwrite`."""
@@ -162,39 +173,48 @@ class ObjectStore:
         except Exception as error:
             raise self._translated(error, action) from error
 
-    def _conflict(self, action: str, deadline: float, reason: str) -> None:
-        if time.monotonic() > deadline:
-            raise StoreUnavailable(self._uri, action, reason)
-
     def _translated(self, error: Exception, action: str) -> StoreUnavailable | StoreNotConditional:
-        reason = _first_line(error)
         if isinstance(error, StoreUnavailable):
             return error
-        if isinstance(error, NotSupportedError | NotImplementedError):
-            return StoreNotConditional(self._uri, reason)
+        said, codes = _said(error), _codes(error)
+        if isinstance(error, NotSupportedError | NotImplementedError) or _STATUS + "501" in said:
+            return StoreNotConditional(self._uri, said)
         if (missing := _missing_bucket(error)) is not None:
             return BucketNotFound(self._uri, action, missing)
         denied = isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
-        if denied or any(word in str(error) for word in _DENIALS):
-            return StoreAccessDenied(self._uri, action, reason)
-        return StoreUnavailable(self._uri, action, reason)
+        if denied or codes & _DENIALS or "Error performing token request" in said:
+            return StoreAccessDenied(self._uri, action, said)
+        return StoreUnavailable(self._uri, action, said)
 
 
-_DENIALS = (
-    "ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403 Forbidden", "credential",
-    "401 Unauthorized",
-)  # fmt: skip
+_STATUS = "status code: "
+_DENIALS = {
+    "AccessDenied", "AuthenticationFailed", "AuthorizationFailure", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken",
+    "SignatureDoesNotMatch",
+}  # fmt: skip
+
+
+def _pauses(patience: float) -> Iterator[float]:
+    """Growing pauses with jitter, for as long as patience lasts."""
+    deadline, pause = time.monotonic() + patience, 0.05
+    while time.monotonic() < deadline:
+        yield pause * random.uniform(0.5, 1.0)
+        pause = min(2 * pause, 2.0)
+
+
+def _codes(error: BaseException) -> set[str]:
+    """The error codes in the store's answer. Never looked for in the whole text, which has the object's name in it."""
+    return set(re.findall(r"<Code>(\w+)</Code>", str(error)))
 
 
 def _missing_bucket(error: BaseException) -> str | None:
-    text = str(error)
-    if any(word in text for word in ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")):
+    answer = _said(error).partition(_STATUS)[2]
+    if _codes(error) & {"NoSuchBucket", "ContainerNotFound"} or "The specified bucket does not exist" in answer:
         return "the bucket does not exist"
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    """The gist of an obstore error, whose text has the whole request behind it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if isinstance(error, BaseError) and len(text) < 400 else text[:400]
+def _said(error: BaseException) -> str:
+    """The gist of an obstore error, in one line: what it did, and the store's answer."""
+    text = " ".join(str(error).partition("\n\nDebug source")[0].split()) or type(error).__name__
+    return text if len(text) < 600 else text[:600] + "..."

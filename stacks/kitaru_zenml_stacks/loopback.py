@@ -196,7 +196,7 @@ mon_data={folder}/mon
 mgr_data={folder}/mgr
 osd_data={folder}/osd
 rgw_data={folder}/rgw
-rgw_frontends=beast endpoint=127.0.0.1:{port}
+rgw_frontends=beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 """
 
 

@@ -26,7 +26,7 @@ def kitaru(*arguments: str) -> Result:
 
 
 def as_json(*arguments: str) -> Any:
-    return json.loads(kitaru(*arguments, "--output", "json").output)
+    return json.loads(kitaru(*arguments, "--output", "json").stdout)
 
 
 @pytest.fixture(scope="module")
