@@ -495,6 +495,37 @@ def decode_failure(failure: Failure) -> BaseException:
     return rebuilt
 
 
+def raised(failure: Failure, original: BaseException | None, path: str) -> BaseException:
+    """The exception that reaches the code, the same live and on replay but for its traceback; it knows its step."""
+    if isinstance(original, NotDurableError):  # it holds the value, which no replay can give back
+        error: BaseException = original
+    else:
+        error = decode_failure(failure)
+        if original is not None:
+            error = error.with_traceback(original.__traceback__)
+    try:
+        error._kitaru_path = path  # type: ignore[attr-defined]
+    except AttributeError:
+        pass
+    return error
+
+
+def paths_on_chain(error: BaseException) -> list[str]:
+    """Paths of the recorded failures on an exception's cause, context and group chain."""
+    found: dict[str, None] = {}
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        at = todo.pop()
+        if at is None or id(at) in seen:
+            continue
+        seen.add(id(at))
+        if path := getattr(at, "_kitaru_path", None):
+            found[path] = None
+        todo += [at.__cause__, at.__context__, *(at.exceptions if isinstance(at, BaseExceptionGroup) else ())]
+    return list(found)
+
+
 def _message(error: BaseException) -> str:
     try:
         return str(error)

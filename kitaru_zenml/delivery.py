@@ -28,10 +28,6 @@ class Delivery:
         self._expected.add(rank)
         heapq.heappush(self._coming, rank)
 
-    def expects(self, rank: Rank) -> bool:
-        """Whether it is still coming."""
-        return rank in self._expected
-
     def forget(self, rank: Rank) -> None:
         """It has been handed over, or never will be."""
         self._expected.discard(rank)

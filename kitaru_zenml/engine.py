@@ -26,7 +26,7 @@ from kitaru_zenml import codec
 from kitaru_zenml.delivery import Delivery, Rank
 from kitaru_zenml.effects import Caller, Create, Perform, RunBody, Sleep, Steps, Wait, Waiter
 from kitaru_zenml.errors import InputsDrifted, KitaruError, LeaseLost, NotDurableError, RunHalted, StepInDoubt
-from kitaru_zenml.identity import Branch, Claims, CurrentStep, Here, Known, call_prefix
+from kitaru_zenml.identity import Branch, Claims, Counts, CurrentStep, Here, Known, call_prefix
 from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, reference_digest
 from kitaru_zenml.journal.journal import Snapshot, new_nonce
 from kitaru_zenml.journal.records import (
@@ -76,31 +76,6 @@ class Call:
     returns: Any = Any  # the declared return type
 
 
-@dataclass(slots=True)
-class _Scope:
-    """What is counted within one scope. Gone when the scope's step is recorded."""
-
-    counts: dict[Any, int] = field(default_factory=dict)
-    used: dict[Any, set[int]] = field(default_factory=dict)
-    finished: list[tuple[Known, bool]] = field(default_factory=list)  # asked again if the body is retried; is it to run again
-
-    def count(self, what: Any) -> int:
-        n = self.counts.get(what, 0)
-        self.counts[what] = n + 1
-        return n
-
-    def lowest_free(self, what: Any) -> int:
-        n = self.counts.get(what, 0)
-        while n in self.used.get(what, ()):
-            n += 1
-        self.counts[what] = n + 1
-        return n
-
-    def note(self, scope: Scope) -> None:
-        self.used.setdefault(("ordinal", scope.name), set()).add(scope.ordinal)
-        self.used.setdefault(("equal", scope.name, scope.key, scope.digest), set()).add(scope.equal)
-
-
 class Engine:
     """The state of one leg of a run."""
 
@@ -113,7 +88,7 @@ class Engine:
         self.references = References()
         self.covers: dict[str, str] = {}  # key -> hash of each record this leg stored or adopted
         self.replayed = self.ran = 0
-        self._scopes: dict[str, _Scope] = {}
+        self._scopes: dict[str, Counts] = {}
         self._live: set[Branch] = set()
         self._threads = {t.ident for t in threading.enumerate()}
         self._executing: dict[str, InFlight] = {}
@@ -155,15 +130,16 @@ class Engine:
             if entry.record is None and path in snapshot.retired:
                 continue
             self.claims.add(entry)
-            if entry.record is not None and not around:  # inside a failed step it is asked only if that is tried again
+            entry.dormant = bool(around)
+            if entry.record is not None and not entry.dormant:
                 self.delivery.expect(entry.rank)
         self._next_number = 1 + max((r.number for r in snapshot.records.values()), default=-1)
 
-    def _scope(self, scopes: tuple[Scope, ...]) -> _Scope:
+    def _scope(self, scopes: tuple[Scope, ...]) -> Counts:
         path = scopes[-1].path if scopes else ""
         found = self._scopes.get(path)
         if found is None:
-            found = self._scopes[path] = _Scope()
+            found = self._scopes[path] = Counts()
         return found
 
     @property
@@ -174,7 +150,7 @@ class Engine:
     def unclaimed(self) -> list[Known]:
         """Finished steps that the code has not asked for."""
         with self.lock:
-            return [known for known in self.claims if known.record is not None and self.delivery.expects(known.rank)]
+            return [known for known in self.claims if known.record is not None and not known.dormant]
 
     def in_flight(self) -> tuple[InFlight, ...]:
         """The steps whose bodies are executing now."""
@@ -502,7 +478,7 @@ class Engine:
         with self.lock:
             for scope_path in [p for p in self._scopes if p == path or p.startswith(path + "/")]:
                 state = self._scopes.pop(scope_path)
-                fresh = self._scopes[scope_path] = _Scope()
+                fresh = self._scopes[scope_path] = Counts()
                 for known, again in state.finished:
                     if again:  # the next generation is a register of its own
                         known = replace(known, key=None, generation=known.generation + 1)
@@ -561,7 +537,7 @@ class Engine:
             outcome.value, outcome.error = yield from self._decode(record)
             yield Perform(self.execution.lease.check)
         elif failure is not None:
-            outcome.value, outcome.error = None, _raised(failure, outcome.error, scope.path)
+            outcome.value, outcome.error = None, codec.raised(failure, outcome.error, scope.path)
         elif encoded is not None:
             outcome.value, outcome.error = encoded.decoded, None
         with self.lock:
@@ -595,7 +571,7 @@ class Engine:
     def _decode(self, record: StepRecord) -> Steps:
         """Value and error of a record."""
         if record.failure is not None:
-            return None, _raised(record.failure, None, record.path)
+            return None, codec.raised(record.failure, None, record.path)
         value = record.outcome
         assert value is not None
         if value.kind == "json":
@@ -633,37 +609,6 @@ def _equal_but_for(ignored: tuple[str, ...], call: Call, known: Known) -> bool:
 def _runs_again(record: StepRecord) -> bool:
     """Whether a retry of the step around it, or of the run, runs this one again."""
     return record.failure is not None and not record.at_most_once
-
-
-def _raised(failure: Failure, original: BaseException | None, path: str) -> BaseException:
-    """The exception that reaches the code, the same live and on replay but for its traceback; it knows its step."""
-    if isinstance(original, NotDurableError):  # it holds the value, which no replay can give back
-        error: BaseException = original
-    else:
-        error = codec.decode_failure(failure)
-        if original is not None:
-            error = error.with_traceback(original.__traceback__)
-    try:
-        error._kitaru_path = path  # type: ignore[attr-defined]
-    except AttributeError:
-        pass
-    return error
-
-
-def paths_on_chain(error: BaseException) -> list[str]:
-    """Paths of the recorded failures on an exception's cause, context and group chain."""
-    found: dict[str, None] = {}
-    todo: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while todo:
-        at = todo.pop()
-        if at is None or id(at) in seen:
-            continue
-        seen.add(id(at))
-        if path := getattr(at, "_kitaru_path", None):
-            found[path] = None
-        todo += [at.__cause__, at.__context__, *(at.exceptions if isinstance(at, BaseExceptionGroup) else ())]
-    return list(found)
 
 
 def _outcome_digest(encoded: codec.Encoded | None) -> str | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kitaru_zenml import codec
 from kitaru_zenml.drivers import drive
-from kitaru_zenml.engine import Engine, paths_on_chain
+from kitaru_zenml.engine import Engine
 from kitaru_zenml.errors import EventLoopRunning, KitaruError, LeaseLost, RunHalted, StoreUnavailable
 from kitaru_zenml.futures import StepFuture
 from kitaru_zenml.identity import HERE, Branch, Here, install_task_factory
@@ -231,7 +231,7 @@ class Execution:
     def _close(self, ended: Ended) -> None:
         covers = {**self._earlier, **self.engine.covers}
         error = ended.error
-        failed = () if error is None else tuple(paths_on_chain(error))
+        failed = () if error is None else tuple(codec.paths_on_chain(error))
         status: Literal["completed", "failed", "stopped"]
         status = "completed" if error is None else "failed" if isinstance(error, Exception) else "stopped"
         self.append_event(

@@ -168,11 +168,40 @@ class Known:
     record: StepRecord | None = None  # held until it is delivered, then read again if it is asked again
     marker: StartedMarker | None = None
     generation: int = 0
+    dormant: bool = False  # inside a failed step: asked again only if that one is tried again
 
     @property
     def rank(self) -> tuple[int, str]:
         """Its place in the order of delivery."""
         return self.number, self.scope.path
+
+
+@dataclass(slots=True)
+class Counts:
+    """What is counted within one scope. Gone when the scope's step is recorded."""
+
+    counts: dict[Any, int] = field(default_factory=dict)
+    used: dict[Any, set[int]] = field(default_factory=dict)
+    finished: list[tuple[Known, bool]] = field(default_factory=list)  # asked again if the body is retried; is it to run again
+
+    def count(self, what: Any) -> int:
+        """How often this was counted before."""
+        n = self.counts.get(what, 0)
+        self.counts[what] = n + 1
+        return n
+
+    def lowest_free(self, what: Any) -> int:
+        """The lowest number of a kind that neither the journal nor this leg has given out."""
+        n = self.counts.get(what, 0)
+        while n in self.used.get(what, ()):
+            n += 1
+        self.counts[what] = n + 1
+        return n
+
+    def note(self, scope: Scope) -> None:
+        """The journal has given out this scope's numbers."""
+        self.used.setdefault(("ordinal", scope.name), set()).add(scope.ordinal)
+        self.used.setdefault(("equal", scope.name, scope.key, scope.digest), set()).add(scope.equal)
 
 
 class Claims:

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import inspect
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +35,7 @@ from zenml.utils import source_utils
 import kitaru_zenml
 from kitaru_zenml import progress
 from kitaru_zenml.artifact_store import open_store
-from kitaru_zenml.codec import encode_failure
-from kitaru_zenml.engine import paths_on_chain
+from kitaru_zenml.codec import encode_failure, paths_on_chain
 from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, StoreUnavailable, WrongArtifactStore
 from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
@@ -93,10 +93,19 @@ def warm_up() -> None:
         return
     with _first_use:
         if not _is_warm:
+            _ensure_source_root()
             integration_registry.activate_integrations()
             stack = Client().active_stack
             stack.artifact_store.path  # noqa: B018  (loads the flavor)
             _is_warm = True
+
+
+def _ensure_source_root() -> None:
+    """Let ZenML import by the working folder where there is no main file to go by (`python -c`, a test process)."""
+    try:
+        source_utils.get_source_root()
+    except RuntimeError:
+        source_utils.set_custom_source_root(os.getcwd())
 
 
 # --- ZenML's runner, made by us where it runs in this process -------------------------------------------------------------
@@ -347,9 +356,7 @@ def _cut_off(snapshot: Snapshot, beat: Beat | None) -> tuple[InFlight, ...]:
         for depth, scope in enumerate(record.scopes):
             if scope.path not in recorded and scope.path not in found:
                 display = display_path(record.scopes[: depth + 1])
-                found[scope.path] = InFlight(
-                    path=scope.path, display=display, kind=scope.kind, started_at=record.started_at
-                )
+                found[scope.path] = InFlight(path=scope.path, display=display, kind=scope.kind, started_at=record.started_at)
     return tuple(sorted(found.values(), key=lambda flight: flight.started_at))
 
 
@@ -410,4 +417,9 @@ def is_unreachable(error: BaseException) -> bool:
     import requests
     from sqlalchemy.exc import OperationalError
 
-    return isinstance(error, requests.ConnectionError | requests.Timeout | OperationalError | ConnectionError)
+    said: BaseException | None = error
+    while said is not None:  # the client wraps some of them in a RuntimeError
+        if isinstance(said, requests.ConnectionError | requests.Timeout | OperationalError | ConnectionError):
+            return True
+        said = said.__cause__
+    return False

@@ -6,8 +6,10 @@ Exit codes: 0 fine, 1 an error or a difference found, 2 wrong usage (click's). W
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import functools
+import io
 import json
 import os
 import re
@@ -48,7 +50,9 @@ def cli_command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], cl
             _quieten_zenml()
             code = 0
             try:
-                result = function(output=output, **arguments)
+                # What a flow or ZenML's log prints must not get into the JSON.
+                with contextlib.redirect_stdout(_Aside()) if output == "json" else contextlib.nullcontext():
+                    result = function(output=output, **arguments)
                 if isinstance(result, Exit):
                     code, result = result.code, result.result
             except click.ClickException:
@@ -112,6 +116,19 @@ def _plain(value: Any) -> Any:
 def _quieten_zenml() -> None:
     os.environ.setdefault("ZENML_LOGGING_VERBOSITY", "ERROR")
     os.environ.setdefault("ZENML_ENABLE_RICH_TRACEBACK", "false")
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
+
+
+class _Aside(io.TextIOBase):
+    """Stands for stdout and writes to stderr, past the wrapper that ZenML puts around either: it stores each line once."""
+
+    def write(self, text: str) -> int:
+        stream: Any = sys.stderr
+        return int(type(stream).write(stream, text))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 # --- how things look -----------------------------------------------------------------------------------------------------
