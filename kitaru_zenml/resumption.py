@@ -236,6 +236,8 @@ def settle(run: str | UUID, step: str, *, value: Any = None, retry: bool = False
         candidates: list[StartedMarker | StepRecord] = [*doubtful.values(), *failed.values()]
         about = next((x for x in candidates if step in (x.display, x.scope.path)), None)
         if about is None:
+            if any(step in (r.path, r.display) for r in snapshot.current().values()):  # its write was under way at the crash
+                raise KitaruError(f"Step `{step}` of run {run_id} has an outcome: there is nothing to settle. Resume the run.")
             raise StepNotFound(run_id, step, sorted({*doubtful, *failed}))
         if retry:
             journal.append(

@@ -23,6 +23,7 @@ from rich.tree import Tree
 
 from kitaru_zenml.progress import KEPT, Done, Node, RunProgress, State, stem, words
 
+SIZE = 100, 30  # columns and lines of a terminal that does not say
 LATEST = 3  # of many outcomes of one kind, these are still shown while the run goes on
 _TURN = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _MARKS: dict[State, tuple[str, str, str]] = {  # mark, mark without Unicode, style
@@ -81,9 +82,9 @@ class Screen:
     def _size(self) -> tuple[int, int]:
         try:
             size = os.get_terminal_size(self._terminal.fileno())
-            return size.columns, size.lines
         except (OSError, ValueError, AttributeError):
-            return 100, 30
+            return SIZE
+        return size.columns or SIZE[0], size.lines or SIZE[1]  # a new pseudo-terminal says 0
 
     def _write(self, text: str) -> None:
         # The class's own method: ZenML replaced the one of the object by one that stores what is written as the run's output.

@@ -75,6 +75,7 @@ def refused(amount: int) -> str:
 
 @flow
 def refunding(amount: int) -> None:
+    read(amount)
     keyed("refund", "call_7", amount=amount)
 
 
@@ -85,7 +86,7 @@ def nap(i: int) -> int:
     return i
 
 
-@flow
+@flow(max_workers=4)
 def napping(n: int) -> int:
     return sum(f.result() for f in nap.map(range(n)))
 

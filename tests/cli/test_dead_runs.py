@@ -13,24 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from click.testing import CliRunner, Result
+from zenml.client import Client
 
+from kitaru_zenml.cli.main import main
 from kitaru_zenml.journal.journal import new_nonce
 from kitaru_zenml.journal.records import Holder, Lease, lease_name, seal
 from kitaru_zenml.runs import find_run, open_journal
+from tests.cli import flows_for_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 KITARU = str(Path(sys.executable).with_name("kitaru"))
 
 
-def kitaru(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [KITARU, *arguments], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, timeout=120
-    )
+def kitaru(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
 
 
-def as_json(*arguments: str, **env: str) -> Any:
-    done = kitaru(*arguments, "--output", "json", **env)
-    return json.loads(done.stdout)
+def as_json(*arguments: str) -> Any:
+    return json.loads(kitaru(*arguments, "--output", "json").stdout)
 
 
 def killed(flow: str, n: int, at: str) -> str:
@@ -59,11 +61,14 @@ def test_a_killed_run_is_found_shown_explained_resumed_and_verified() -> None:
     before = as_json("verify", run)
     assert before["ok"] and any("leg 1" in n and "was killed or superseded and closed nothing" in n for n in before["notes"])
 
-    done = kitaru("resume", run, "--output", "json", KITARU_PROGRESS="plain")
+    done = subprocess.run(
+        [KITARU, "resume", run, "--output", "json"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "KITARU_PROGRESS": "plain"}, timeout=120,
+    )  # fmt: skip
     result = json.loads(done.stdout)  # nothing else on stdout, though the flow prints
     assert "the flow prints this" in done.stderr
     assert f"Look at it with `kitaru show {run}`" in done.stderr
-    assert (result["status"], result["replayed"], result["ran"]) == ("completed", 5, 3)
+    assert (result["status"], result["replayed"], result["ran"]) == ("completed", 3, 3)
 
     after = as_json("show", run)
     assert after["status"] == "completed" and after["totals"]["kept_from_earlier_legs"] == 5 and len(after["legs"]) == 2
@@ -80,7 +85,7 @@ def test_a_step_in_doubt_is_shown_refused_and_settled() -> None:
     assert "kitaru settle" in kitaru("step", run, "pay#0").stdout
     refused = as_json("resume", run)
     assert refused["error"] == "StepInDoubt" and refused["step"] == "pay#0"
-    assert kitaru("settle", run, "pay#0", "--value", '"paid by hand"').returncode == 0
+    assert kitaru("settle", run, "pay#0", "--value", '"paid by hand"').exit_code == 0
     assert as_json("resume", run)["status"] == "completed"
     step = as_json("step", run, "pay#0")
     assert step["output"] == "paid by hand" and step["metadata"] == {"settled": True}
@@ -129,10 +134,8 @@ def test_resume_with_changed_code_lists_what_vanished_and_what_is_new(changing_f
 
 
 def test_names_and_messages_with_brackets_are_printed_whole() -> None:
-    failed = subprocess.run(
-        [sys.executable, "-m", "tests.cli.flows_for_cli", "refunding", "30"], capture_output=True, cwd=ROOT, timeout=120
-    )
-    assert failed.returncode == 1
+    with pytest.raises(ValueError, match="refused"):
+        flows_for_cli.refunding.run(30)
     run = str(as_json("runs", "--flow", "refunding", "--limit", "1")[0]["id"])
     for command in (["show", run], ["failure", run], ["step", run, "refund[call_7]"]):
         text = kitaru(*command).stdout
@@ -142,11 +145,19 @@ def test_names_and_messages_with_brackets_are_printed_whole() -> None:
     assert "flows_for_cli.py" in failure and "engine.py" not in failure, "the frames are those of the user's code"
 
 
-def test_zenml_out_of_reach_is_said_without_a_traceback() -> None:
-    nobody = {"ZENML_STORE_URL": "http://127.0.0.1:9", "ZENML_STORE_TYPE": "rest", "ZENML_STORE_API_KEY": "x"}
-    done = kitaru("runs", **nobody)
-    assert done.returncode == 1 and "ZenML cannot be reached" in done.stderr and "Traceback" not in done.stderr
-    assert "Traceback" in kitaru("runs", "--debug", **nobody).stderr
-    assert "message" in as_json("runs", **nobody)
-    doctor = kitaru("doctor", **nobody)
-    assert doctor.returncode == 1 and "✗ ZenML connection" in doctor.stdout and "zenml login" in doctor.stdout
+def test_zenml_out_of_reach_is_said_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        try:
+            raise requests.ConnectionError("connection refused")
+        except requests.ConnectionError as cause:
+            raise RuntimeError("Error connecting to URL 'http://127.0.0.1:9'") from cause  # as ZenML's REST client wraps it
+
+    monkeypatch.setattr(Client, "list_pipeline_runs", refused)
+    monkeypatch.setattr(Client, "active_user", property(refused))
+    plain = CliRunner().invoke(main, ["runs"])
+    assert plain.exit_code == 1 and "ZenML cannot be reached" in plain.stderr and "zenml status" in plain.stderr
+    assert "Traceback" not in plain.output
+    assert json.loads(CliRunner().invoke(main, ["runs", "-o", "json"]).stdout)["error"] == "RuntimeError"
+    assert isinstance(CliRunner().invoke(main, ["runs", "--debug"]).exception, RuntimeError)
+    doctor = CliRunner().invoke(main, ["doctor"])
+    assert doctor.exit_code == 1 and "✗ ZenML connection" in doctor.stdout and "zenml login" in doctor.stdout

@@ -217,7 +217,9 @@ def settle(case: Case, answer: dict[str, Any]) -> None:
     paid = [line for line in case.effect_lines() if "/pay@" in line[0]]
     assert len(paid) <= 1, "an at-most-once body ran twice"
     order: dict[str, Any] = {"value": ["100 euro", 0]} if paid else {"retry": True}
-    assert case.start("settle", run=case.run, step=step, **order).answer.get("settled"), "settling failed"
+    settled = case.start("settle", run=case.run, step=step, **order).answer
+    # On an object store the record's request may have been under way at the kill, and arrive after the resume that missed it.
+    assert settled.get("settled") or "nothing to settle" in settled["message"], settled
 
 
 def check(case: Case, answer: dict[str, Any], leg: Leg) -> dict[str, Any]:
