@@ -115,10 +115,14 @@ class Engine:
                 known[record.path] = Known(record.scope, generation=opened[record.path])  # reopened
                 inside[record.path] = record.scopes
         for key, marker in snapshot.markers.items():
-            path = marker.scope.path
-            if marker.generation == opened.get(path, 0) and path not in current:
-                known[path] = Known(marker.scope, key, marker=marker, generation=marker.generation)
-                inside[path] = marker.scopes
+            path, generation = marker.scope.path, opened.get(marker.scope.path, 0)
+            if path in current or marker.generation > generation:
+                continue
+            if marker.generation == generation:
+                known[path] = Known(marker.scope, key, marker=marker, generation=generation)
+            elif known.get(path) is None or known[path].marker is None:
+                known[path] = Known(marker.scope, generation=generation)  # a person said that it did not take effect
+            inside[path] = marker.scopes
         for record in current.values():
             known[record.path] = Known(record.scope, record.object_key, record.number, record, generation=record.generation)
             inside[record.path] = record.scopes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -19,10 +20,10 @@ from kitaru_zenml.errors import (
 )
 from kitaru_zenml.journal.journal import Journal
 from kitaru_zenml.journal.lease import take_lease
-from kitaru_zenml.journal.records import StepRecord
+from kitaru_zenml.journal.records import Reopened, RetryEvent, StepRecord
 from kitaru_zenml.options import FlowOptions, StepOptions
 from kitaru_zenml.recorded import now, random, uuid4
-from kitaru_zenml.resumption import _reopen, refuse_doubt
+from kitaru_zenml.resumption import _reopen, in_doubt, refuse_doubt
 from tests.simulation import Crash, MemoryStore, run_leg
 
 ran: list[str] = []
@@ -431,6 +432,27 @@ def test_an_at_most_once_step_without_outcome_stops_the_resume() -> None:
         resume(MemoryStore(store.objects), lambda: pay())
     ended, _ = run_leg(MemoryStore(store.objects), lambda: pay())  # also a leg that was started past the resume
     assert isinstance(ended.error, StepInDoubt) and ran == ["pay"]
+
+
+def test_a_step_in_doubt_that_did_not_take_effect_runs_once_it_is_settled() -> None:
+    @checkpoint(at_most_once=True)
+    def pay() -> str:
+        ran.append("pay")
+        return "paid"
+
+    store = MemoryStore(crash_after=0)
+    with pytest.raises(Crash):
+        run_leg(store, lambda: pay())
+    store = MemoryStore(store.objects)
+    journal = Journal(store, "run")
+    lease, snapshot = take_lease(journal, purpose="settle", takeover=True), journal.load()
+    (marker,) = in_doubt(snapshot)
+    reopened = (Reopened(path=marker.scope.path, generation=1),)
+    journal.append(RetryEvent(nonce="n", run_id="run", epoch=lease.epoch, at=datetime.now(UTC), reopened=reopened))
+    assert resume(store, lambda: pay()).value == "paid" and ran == ["pay", "pay"]
+    store.objects = {name: data for name, data in store.objects.items() if "/steps/" not in name}
+    ended, _ = run_leg(store, lambda: pay())  # the second start is in doubt like the first
+    assert isinstance(ended.error, StepInDoubt)
 
 
 def test_a_failed_at_most_once_step_is_not_tried_again_by_a_retry_around_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -212,9 +213,9 @@ def render(view: dict[str, Any], live: bool = False) -> Group:
     tree = Tree(head, guide_style="dim")
     if live:  # at the top, because what does not fit is cut off at the bottom
         tree.label = Text.assemble(head, "\n", facts)
-        _Growing(tree, view, fold=True).grow()
+        _Growing(tree, view, fold=True, is_low=view["totals"]["in_flight"] * 2 > console.height).grow()
         return Group(tree)
-    _Growing(tree, view, fold=False).grow()
+    _Growing(tree, view).grow()
     return Group(tree, facts, following)
 
 
@@ -235,10 +236,13 @@ def _facts(view: dict[str, Any]) -> str:
 
 
 class _Growing:
-    """The tree of a view's steps, nested by scope, in the order in which they started."""
+    """The tree of a view's steps, nested by scope, in the order in which they started.
 
-    def __init__(self, tree: Tree, view: dict[str, Any], fold: bool) -> None:
-        self._view, self._fold = view, fold
+    With `fold`, what finished is counted or left out; if the terminal `is_low`, too, a step and the one it waits for share a line.
+    """
+
+    def __init__(self, tree: Tree, view: dict[str, Any], *, fold: bool = False, is_low: bool = False) -> None:
+        self._view, self._fold, self._is_low = view, fold, is_low
         self._nodes: dict[str, Tree] = {"": tree}
         self._children: dict[str, list[dict[str, Any]]] = {}
         for step in view["steps"]:
@@ -266,11 +270,26 @@ class _Growing:
             if is_done and stem(_name(step)) in folded:
                 self._forget(step["path"])
                 continue
+            if self._is_low and not is_done:
+                step = self._innermost(step)
             self._nodes[step["path"]] = self._node(path).add(_line(step))
             if is_done and self._fold:
                 self._forget(step["path"])
             else:
                 self._below(step["path"])
+
+    def _innermost(self, step: dict[str, Any]) -> dict[str, Any]:
+        """The step that this one waits for, if that is one, under both names."""
+        name = _name(step)
+        while True:
+            inside = [s for s in self._children.get(step["path"], ()) if s["status"] != "finished"]
+            if len(inside) != 1:
+                return {**step, "shown": name}
+            for finished in self._children.pop(step["path"]):
+                if finished is not inside[0]:
+                    self._forget(finished["path"])
+            step = inside[0]
+            name = f"{name}/{_name(step)}"
 
     def _folded(self, steps: list[dict[str, Any]]) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -293,9 +312,12 @@ def _parent(path: str) -> str:
 
 
 def _line(step: dict[str, Any]) -> Text:
-    facts = (
-        [seconds(step["seconds"])] if step["seconds"] is not None else [f"{step['status']}, began {ago(step['started_at'])}"]
-    )
+    if step["seconds"] is not None:
+        facts = [seconds(step["seconds"])]
+    elif step["status"] == "in flight":
+        facts = [f"for {seconds((datetime.now(UTC) - step['started_at']).total_seconds())}"]
+    else:
+        facts = [f"{step['status']}, began {ago(step['started_at'])}"]
     if step["attempts"] > 1:
         facts.append(f"{step['attempts']} attempts")
     if step["generation"]:
@@ -304,7 +326,8 @@ def _line(step: dict[str, Any]) -> Text:
         facts.append(f"kept from leg {step['leg']}")
     if step["tokens"]:
         facts.append(f"{step['tokens']:,} tokens" + (f", ${step['cost']:.4f}" if step["cost"] is not None else ""))
-    line = Text.assemble((f"{MARKS[step['status']]} ", STYLES[step["status"]]), _name(step), (f"  {' · '.join(facts)}", "dim"))
+    mark, shown = (f"{MARKS[step['status']]} ", STYLES[step["status"]]), step.get("shown") or _name(step)
+    line = Text.assemble(mark, shown, (f"  {' · '.join(facts)}", "dim"))
     if step["failure"]:
         line.append(f"  {step['failure'].partition(chr(10))[0][:100]}", "red")
     return line
