@@ -4,7 +4,8 @@ It stands on the critical path of every step, so the hook only appends to a queu
 queues and draws about five times a second. What is kept grows with what is in flight, not with the steps of the run: finished siblings
 beyond a few are only counted, and what a finished step did inside is forgotten. Nothing here may ever stop a run.
 
-`KITARU_PROGRESS` chooses: `tree`, `plain`, `0` for nothing; by default the tree where stderr is a terminal, else plain lines at INFO.
+`KITARU_PROGRESS` chooses: `tree`, `plain`, `0` for nothing; by default the tree where stderr is a terminal (and stdout is
+not piped into another program), else plain lines at INFO.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import contextlib
 import contextvars
 import logging
 import os
+import stat
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from kitaru_zenml.journal.records import Usage
@@ -53,7 +55,15 @@ def mode() -> Mode:
         return "plain" if chosen == "plain" else "tree"
     stream = sys.stderr
     is_terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
-    return "tree" if is_terminal else "plain"
+    return "tree" if is_terminal and not _is_piped(sys.stdout) else "plain"
+
+
+def _is_piped(stream: Any) -> bool:
+    """Whether stdout goes to another program (`| tee`), which may write to the same terminal, into the tree."""
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextlib.contextmanager

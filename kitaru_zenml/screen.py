@@ -41,6 +41,7 @@ class Screen:
         self._terminal: Any = sys.stderr
         self._height = 0  # lines drawn below what was printed
         self._at_line_start = True
+        self._writing = 0  # writes of others that are under way
         # Colours as rich finds them for this terminal; the text itself is written by `_write`.
         self._colours = Console(file=self._terminal).color_system if hasattr(self._terminal, "isatty") else None
         self._unicode = "utf" in (getattr(self._terminal, "encoding", None) or "").lower()
@@ -49,7 +50,7 @@ class Screen:
     def draw(self, runs: Sequence[RunProgress]) -> None:
         """Show the runs as they are now; not in the middle of a line that the flow prints."""
         with self._lock:
-            if not self._at_line_start:
+            if self._writing or not self._at_line_start:
                 return
             room = max(self._size()[1] - 2, 3)
             lines = [line for run in runs for line in self._tree(run, max(room // len(runs), 3))]
@@ -103,11 +104,16 @@ class Screen:
         """Let something else onto the terminal."""
         with self._lock:
             self._lift()
+            self._writing += 1
+        try:  # without the lock: ZenML's wrapper around the stream may log, and whoever logs may wait for the lock
             answer = stream.write(text)
-            if text:
-                self._at_line_start = text.endswith("\n")
-                stream.flush()  # what is buffered would come out in the middle of the next tree
-            return answer
+            stream.flush()  # what is buffered would come out in the middle of the next tree
+        finally:
+            with self._lock:
+                self._writing -= 1
+                if text:
+                    self._at_line_start = text.endswith("\n")
+        return answer
 
     # --- the tree ---
 
