@@ -117,10 +117,12 @@ def chat(turns: int) -> dict[str, Any]:
     """Bytes that the journal of a growing chat stores, against the bytes of its messages."""
     import flows
 
-    before = objects("steps/")
+    from kitaru_zenml.runs import open_journal
+
     handle = flows.chat.run(turns)
     messages = handle.result()
-    stored = objects("steps/")[1] - before[1]
+    store = open_journal(handle.run).store
+    stored = sum(len(data or b"") for data in store.get_many(store.list(f"kitaru/{handle.id}/steps/")))
     return {"turns": turns, "message_bytes": messages, "journal_bytes": stored, "ratio": stored / messages}
 
 
@@ -170,7 +172,7 @@ def spread(times: list[float]) -> dict[str, float]:
     }
 
 
-def objects(part: str = "") -> tuple[int, int]:
+def objects() -> tuple[int, int]:
     """How many objects, and bytes, the artifact store holds."""
     from zenml.client import Client
 
@@ -178,9 +180,7 @@ def objects(part: str = "") -> tuple[int, int]:
     found = size = 0
     for folder, _, files in store.walk(store.path):
         for name in files:
-            path = os.path.join(str(folder), str(name))
-            if part in path and ("kitaru" in path or not part):
-                found, size = found + 1, size + (store.size(path) or 0)
+            found, size = found + 1, size + (store.size(os.path.join(str(folder), str(name))) or 0)
     return found, size
 
 
