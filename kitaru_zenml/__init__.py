@@ -18,6 +18,10 @@ _HOMES = {
     "current_step": "checkpoints",
     "StepFuture": "futures",
     "as_completed": "futures",
+    "wait": "waits",
+    "sleep": "timers",
+    "sleep_until": "timers",
+    "event": "events",
     "now": "recorded",
     "random": "recorded",
     "uuid4": "recorded",
@@ -29,6 +33,10 @@ _HOMES = {
     "LeaseLost": "errors",
     "NotDurableError": "errors",
     "RecordedFailure": "errors",
+    "RunSuspended": "errors",
+    "RunCancelled": "errors",
+    "WaitTimedOut": "errors",
+    "EventTimedOut": "errors",
     "RunIsLeased": "errors",
     "StepInDoubt": "errors",
     "StepTimeout": "errors",
@@ -42,6 +50,10 @@ __all__ = [  # spelt out, because type checkers read only that
     "current_step",
     "StepFuture",
     "as_completed",
+    "wait",
+    "sleep",
+    "sleep_until",
+    "event",
     "now",
     "random",
     "uuid4",
@@ -53,6 +65,10 @@ __all__ = [  # spelt out, because type checkers read only that
     "LeaseLost",
     "NotDurableError",
     "RecordedFailure",
+    "RunSuspended",
+    "RunCancelled",
+    "WaitTimedOut",
+    "EventTimedOut",
     "RunIsLeased",
     "StepInDoubt",
     "StepTimeout",
@@ -61,20 +77,27 @@ __all__ = [  # spelt out, because type checkers read only that
 if TYPE_CHECKING:
     from kitaru_zenml.checkpoints import Checkpoint, checkpoint, current_step
     from kitaru_zenml.errors import (
+        EventTimedOut,
         InputsDrifted,
         KitaruError,
         LeaseLost,
         NotDurableError,
         RecordedFailure,
+        RunCancelled,
         RunIsLeased,
+        RunSuspended,
         StepInDoubt,
         StepTimeout,
+        WaitTimedOut,
     )
+    from kitaru_zenml.events import event
     from kitaru_zenml.flows import Flow, flow
     from kitaru_zenml.futures import StepFuture, as_completed
     from kitaru_zenml.recorded import now, random, uuid4
     from kitaru_zenml.resumption import resume, settle
     from kitaru_zenml.runs import RunHandle
+    from kitaru_zenml.timers import sleep, sleep_until
+    from kitaru_zenml.waits import wait
 
 
 def __getattr__(name: str) -> Any:

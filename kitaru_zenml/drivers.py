@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from kitaru_zenml.effects import Create, Effect, Perform, RunBody, Sleep, Steps, Wait
@@ -178,7 +179,7 @@ class _CancelledAfter(BaseException):
 async def _do_async(effect: Effect, store: Store, name: str, body: Callable[[], Awaitable[Any]]) -> Any:
     match effect:
         case RunBody(here=here, timeout=timeout):
-            token = HERE.set(here)
+            token = HERE.set(replace(here, is_async=True))
             try:
                 if timeout is None:
                     return await body()

@@ -15,8 +15,10 @@ behind one lock of this run; nothing is shared between runs.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -25,7 +27,17 @@ from typing import TYPE_CHECKING, Any
 from kitaru_zenml import codec
 from kitaru_zenml.delivery import Delivery, Rank
 from kitaru_zenml.effects import Caller, Create, Perform, RunBody, Sleep, Steps, Wait, Waiter
-from kitaru_zenml.errors import InputsDrifted, KitaruError, LeaseLost, NotDurableError, RunHalted, StepInDoubt
+from kitaru_zenml.errors import (
+    InputsDrifted,
+    KitaruError,
+    LeaseLost,
+    NotDurableError,
+    RunCancelled,
+    RunHalted,
+    RunSuspended,
+    StepInDoubt,
+    WaitRefused,
+)
 from kitaru_zenml.identity import Branch, Claims, Counts, CurrentStep, Here, Known, call_prefix
 from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, reference_digest
 from kitaru_zenml.journal.journal import Snapshot, new_nonce
@@ -34,6 +46,7 @@ from kitaru_zenml.journal.records import (
     Failure,
     InFlight,
     JsonValue,
+    OpenWait,
     Reopened,
     RetireEvent,
     Scope,
@@ -49,11 +62,13 @@ from kitaru_zenml.journal.records import (
     started_name,
     step_name,
     unseal,
+    wait_name,
 )
 from kitaru_zenml.options import OnDrift, StepOptions
 
 if TYPE_CHECKING:
     from kitaru_zenml.execution import Execution
+    from kitaru_zenml.suspension import Waiting
 
 logger = logging.getLogger("kitaru_zenml")
 
@@ -62,6 +77,8 @@ TICK = 0.02  # seconds without an engine call, while other branches live
 TICKS_TO_TAKE_EQUAL = 2
 TICKS_TO_DELIVER_OUT_OF_ORDER = 25
 TICKS_TO_DRIFT = 100
+LOOK = 0.1  # seconds between two looks of a waiting call
+QUIET = 0.3  # seconds without an engine call after which nothing else is taken to move, and the run may suspend
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +91,7 @@ class Call:
     key: str | None = None
     kind: str = "step"
     returns: Any = Any  # the declared return type
+    waiting: Waiting | None = None  # instead of a body: what the call waits for
 
 
 class Engine:
@@ -93,6 +111,9 @@ class Engine:
         self._threads = {t.ident for t in threading.enumerate()}
         self._executing: dict[str, InFlight] = {}
         self._parked: dict[Waiter, str] = {}
+        self._open: dict[Waiter, _Open] = {}
+        self._suspended_on: list[OpenWait] = []
+        self._at_most_once: set[str] = set()  # of those that execute
         self._storing = 0
         self._activity = 0
         self.delivery = Delivery()
@@ -123,6 +144,14 @@ class Engine:
             elif known.get(path) is None or known[path].marker is None:
                 known[path] = Known(marker.scope, generation=generation)  # a person said that it did not take effect
             inside[path] = marker.scopes
+        for wait in snapshot.waits.values():
+            path, generation = wait.scope.path, opened.get(wait.scope.path, 0)
+            if path not in current and wait.generation == generation:
+                known[path] = Known(wait.scope, generation=generation)
+                inside[path] = wait.scopes
+                for depth, scope in enumerate(wait.scopes):
+                    known.setdefault(scope.path, Known(scope, generation=opened.get(scope.path, 0)))
+                    inside.setdefault(scope.path, wait.scopes[:depth])
         for record in current.values():
             known[record.path] = Known(record.scope, record.object_key, record.number, record, generation=record.generation)
             inside[record.path] = record.scopes
@@ -157,9 +186,25 @@ class Engine:
             return [known for known in self.claims if known.record is not None and not known.dormant]
 
     def in_flight(self) -> tuple[InFlight, ...]:
-        """The steps whose bodies are executing now."""
+        """The steps whose bodies are executing now, and the calls that wait."""
         with self.lock:
-            return tuple(self._executing.values())
+            waiting = (
+                InFlight(path=o.path, display=o.wait.display, kind=o.wait.kind, started_at=o.wait.asked_at)
+                for o in self._open.values()
+            )
+            return (*self._executing.values(), *waiting)
+
+    @property
+    def open_waits(self) -> list[OpenWait]:
+        """What this leg waits for, or suspended on."""
+        with self.lock:
+            return list(self._suspended_on) or [o.wait for o in self._open.values()]
+
+    def look(self) -> None:
+        """Something has arrived: let the waiting calls look for it now."""
+        with self.lock:
+            for waiter in self._open:
+                waiter.set()
 
     # --- branches ---
 
@@ -182,8 +227,8 @@ class Engine:
         return not any(t is not threading.current_thread() for t in strangers)
 
     def _busy(self, here: Here) -> bool:
-        """Whether a step executes that can move: not one that only waits for a parked or held call inside it."""
-        waiting = [*self._parked.values(), *self.delivery.waiting_in(), here.path + "/"]
+        """Whether a step executes that can move: not one that only waits for a parked, held or waiting call inside it."""
+        waiting = [*self._parked.values(), *self.delivery.waiting_in(), *(o.path for o in self._open.values()), here.path + "/"]
         return any(not any(path.startswith(step + "/") for path in waiting) for step in self._executing)
 
     def _moved(self) -> None:
@@ -195,9 +240,15 @@ class Engine:
         """Stop every branch of the run at its next boundary; the first error stands."""
         with self.lock:
             self.halted = self.halted or error
-            for waiter in (*self._parked, *self.delivery.waiters()):
+            for waiter in (*self._parked, *self._open, *self.delivery.waiters()):
                 waiter.set()
             return RunHalted(self.halted)
+
+    def go_on(self) -> None:
+        """Take calls again after a cancellation, for the flow's `on_cancel` hook."""
+        with self.lock:
+            if isinstance(self.halted, RunCancelled):
+                self.halted = None
 
     def _check(self) -> None:
         if self.halted is not None:
@@ -227,7 +278,8 @@ class Engine:
                 rank, key = (record.number, record.path), record.object_key
             else:
                 generation = known.generation if known else 0
-                rank, key, value, error = yield from self._execute(call, here, scope, generation)
+                run = self._execute if call.waiting is None else self._await
+                rank, key, value, error = yield from run(call, here, caller, scope, generation)
             yield from self._my_turn(rank, here, caller, value, error)
             here.branch.last = key
         except KitaruError as problem:  # of the machinery, not of the step: that is a value here
@@ -401,7 +453,7 @@ class Engine:
 
     # --- run it ---
 
-    def _execute(self, call: Call, here: Here, scope: Scope, generation: int) -> Steps:
+    def _execute(self, call: Call, here: Here, caller: Caller, scope: Scope, generation: int) -> Steps:
         """Run the body with its retries, number and store the outcome. Returns rank, key, value, error."""
         chain, options = (*here.scopes, scope), call.options
         display, key = display_path(chain), record_key(scope.name, scope.path, generation)
@@ -418,6 +470,8 @@ class Engine:
         idempotency_key = self._idempotency_key(chain)
         attempts: list[Attempt] = []
         with self.lock:
+            if options.at_most_once:
+                self._at_most_once.add(scope.path)
             self._executing[scope.path] = InFlight(path=scope.path, display=display, kind=call.kind, started_at=_now())
         if self.execution.on_progress:
             self.execution.on_progress("running", display)
@@ -451,10 +505,89 @@ class Engine:
             self.execution.close_pool(scope.path)
             with self.lock:
                 self._executing.pop(scope.path, None)
+                self._at_most_once.discard(scope.path)
                 self._activity += 1
         if isinstance(self.halted, LeaseLost):
             raise RunHalted(self.halted)  # whatever else stops the run, a finished body's outcome is kept
         return (yield from self._store(call, here, scope, generation, outcome, attempts, idempotency_key))
+
+    # --- wait for it ---
+
+    def _await(self, call: Call, here: Here, caller: Caller, scope: Scope, generation: int) -> Steps:
+        """Store what is waited for, look until it has arrived, and store that. Returns rank, key, value, error.
+
+        Suspends the run when nothing in it moves but calls like this one, and each has had its grace.
+        """
+        waiting, execution = call.waiting, self.execution
+        assert waiting is not None
+        if not self._at_most_once.isdisjoint(s.path for s in here.scopes):
+            raise self.halt(WaitRefused(self.run_id, display_path((*here.scopes, scope))))
+        wait = OpenWait(
+            nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, kind=waiting.kind, scope=scope, scopes=here.scopes,
+            generation=generation, asked_at=_now(), **waiting.details(_now()),
+        )  # fmt: skip
+        arrival = waiting.arrived(wait, execution) if waiting.kind == "event" else None  # of many, most are there already
+        if arrival is None:
+            wait, arrival = yield from self._wait_for(waiting, wait, caller)
+        step = CurrentStep(scope.name, scope.path, "", 1, self.run_id, dict(arrival.metadata))
+        outcome = _Outcome(wait.asked_at, step, arrival.value, error=arrival.error)
+        if arrival.error is not None:
+            outcome.failure = codec.encode_failure(arrival.error)
+        else:
+            outcome.encoded = yield from self._encode(call, arrival.value, wait.key)
+        return (yield from self._store(call, here, scope, generation, outcome, [], ""))
+
+    def _wait_for(self, waiting: Waiting, wait: OpenWait, caller: Caller) -> Steps:
+        """Look until it has arrived. Returns the stored wait, which an earlier leg may have stored, and the arrival."""
+        execution, waiter, name = self.execution, caller.waiter(), wait_name(self.run_id, wait.key)
+        theirs = yield Create(name, seal(wait))
+        wait = wait if theirs is None else unseal(OpenWait, theirs, name)
+        with self.lock:
+            self._open[waiter] = _Open(wait.scope.path, wait, waiting, time.monotonic())
+        if execution.on_progress:
+            execution.on_progress("waiting", wait.display)
+        execution.wait_opened(wait)
+        looked_at, seen, quiet_since = -math.inf, -1, time.monotonic()
+        try:
+            while True:
+                if (now := time.monotonic()) - looked_at >= waiting.every:
+                    arrival, looked_at = (yield from self._look(waiting, wait)), now
+                if arrival is not None:
+                    break
+                if self._activity != seen:
+                    seen, quiet_since = self._activity, now
+                if now - quiet_since >= QUIET and self._may_suspend():
+                    yield Perform(execution.inbox.refresh)  # what came since the last look must not wait for somebody to notice
+                    if (arrival := (yield from self._look(waiting, wait))) is not None:
+                        break
+                    with self.lock:
+                        self._check()
+                        if self._activity == seen and self._may_suspend():
+                            self._suspended_on = [o.wait for o in self._open.values()]
+                            raise self.halt(RunSuspended(self.run_id, [(w.kind, w.display) for w in self._suspended_on]))
+                yield Wait(waiter, _until(wait.deadline, LOOK))
+                self._check()
+        finally:
+            with self.lock:
+                self._open.pop(waiter, None)
+                self._activity += 1
+        execution.wait_closed(wait)
+        return wait, arrival
+
+    def _look(self, waiting: Waiting, wait: OpenWait) -> Steps:
+        if waiting.every:
+            return (yield Perform(lambda: waiting.arrived(wait, self.execution)))
+        return waiting.arrived(wait, self.execution)
+
+    def _may_suspend(self) -> bool:
+        """Whether nothing can move but waiting calls, and each of them may be suspended on."""
+        with self.lock:
+            opened, now = list(self._open.values()), time.monotonic()
+            if self._storing or self._parked or any(True for _ in self.delivery.waiters()):
+                return False
+            if any(not any(o.path.startswith(path + "/") for o in opened) for path in self._executing):
+                return False
+            return all(o.waiting.suspends(o.wait, now - o.since, self.execution) for o in opened)
 
     def _idempotency_key(self, chain: tuple[Scope, ...]) -> str:
         # By content, not by path: a crash before the record may let another branch make the same call.
@@ -587,6 +720,16 @@ class Engine:
         return (yield Perform(decode)), None
 
 
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A call that waits now."""
+
+    path: str
+    wait: OpenWait
+    waiting: Waiting
+    since: float  # by the monotonic clock, in this leg
+
+
 @dataclass(slots=True)
 class _Outcome:
     """What the body came to."""
@@ -597,6 +740,11 @@ class _Outcome:
     encoded: codec.Encoded | None = None
     error: BaseException | None = None
     failure: Failure | None = None
+
+
+def _until(deadline: datetime | None, at_most: float) -> float:
+    """Seconds until a deadline, if that comes first."""
+    return at_most if deadline is None else max(0.0, min(at_most, (deadline - _now()).total_seconds()))
 
 
 def _now() -> datetime:

@@ -251,6 +251,88 @@ class StepInDoubt(KitaruError):
         self.run_id, self.step, self.started_at = run_id, step, started_at
 
 
+# --- waiting and stopping ------------------------------------------------------------------------------------------------
+
+
+class RunSuspended(KitaruError):
+    """The run waits for something and holds no process meanwhile. No failure: `.run()` returns, with the run's status `paused`."""
+
+    def __init__(self, run_id: str, waits: Sequence[tuple[str, str]]) -> None:
+        shown = ", ".join(f"`{name}`" for _, name in waits)
+        hint = (
+            f"Answer with `kitaru answer {run_id}`"
+            if any(kind == "wait" for kind, _ in waits)
+            else "It goes on when that is there"
+        )
+        super().__init__(
+            f"Run {run_id} is suspended: it waits for {shown}. {hint}; `kitaru worker` continues it, or `kitaru resume {run_id}`."
+        )
+        self.run_id, self.waits = run_id, tuple(waits)
+
+
+class RunCancelled(KitaruError):
+    """Somebody cancelled the run."""
+
+    def __init__(self, run_id: str, reason: str = "", by: str = "") -> None:
+        super().__init__(f"Run {run_id} was cancelled{f' by {by}' if by else ''}{f': {reason}' if reason else ''}.")
+        self.run_id, self.reason, self.by = run_id, reason, by
+
+
+class WaitTimedOut(KitaruError):
+    """Nobody answered in time. Raised into the flow, which may catch it."""
+
+    def __init__(self, wait: str, deadline: str) -> None:
+        super().__init__(f"Nobody answered `{wait}` by {deadline}.")
+        self.wait, self.deadline = wait, deadline
+
+
+class EventTimedOut(KitaruError):
+    """No event came in time. Raised into the flow, which may catch it."""
+
+    def __init__(self, event: str, wait: str) -> None:
+        super().__init__(f"No event `{event}` came in time for `{wait}`.")
+        self.event, self.wait = event, wait
+
+
+class WaitRefused(KitaruError):
+    """A wait inside an at-most-once step, which could not be started again after the suspension."""
+
+    def __init__(self, run_id: str, wait: str) -> None:
+        super().__init__(
+            f"`{wait}` of run {run_id} waits inside a step marked `at_most_once`: a suspended step starts again when the run goes on. "
+            "Wait before that step, in the flow or in a step around it."
+        )
+        self.run_id, self.wait = run_id, wait
+
+
+class NoSuchWait(KitaruError):
+    """The run has no open wait of this name, or several and none was named."""
+
+    def __init__(self, run_id: str, wait: str | None, open_waits: Sequence[str]) -> None:
+        listed = f"Open are: {', '.join(open_waits)}." if open_waits else "It waits for no answer now."
+        asked = f"has no open wait `{wait}`" if wait is not None else "does not wait for one answer only"
+        super().__init__(f"Run {run_id} {asked}. {listed}")
+        self.run_id, self.wait, self.open_waits = run_id, wait, tuple(open_waits)
+
+
+class InvalidAnswer(KitaruError):
+    """An answer that the wait's schema does not take. The wait stays open."""
+
+    def __init__(self, run_id: str, wait: str, reason: str) -> None:
+        super().__init__(f"The answer does not fit `{wait}` of run {run_id}, which stays open: {reason}")
+        self.run_id, self.wait, self.reason = run_id, wait, reason
+
+
+class AlreadyAnswered(KitaruError):
+    """The wait has another answer already; a wait has one."""
+
+    def __init__(self, run_id: str, wait: str, value: Any, by: str, at: str) -> None:
+        super().__init__(
+            f"`{wait}` of run {run_id} was answered otherwise already, by {by or 'somebody'} at {at}: {value!r}. It stands."
+        )
+        self.run_id, self.wait, self.value, self.by, self.at = run_id, wait, value, by, at
+
+
 class StepTimeout(KitaruError):
     """A step took longer than its `timeout`."""
 

@@ -10,24 +10,44 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kitaru_zenml import codec
 from kitaru_zenml.drivers import drive
 from kitaru_zenml.engine import Engine
-from kitaru_zenml.errors import EventLoopRunning, KitaruError, LeaseLost, RunHalted, StoreUnavailable
+from kitaru_zenml.errors import (
+    CorruptRecord,
+    EventLoopRunning,
+    KitaruError,
+    LeaseLost,
+    RunCancelled,
+    RunHalted,
+    RunSuspended,
+    StoreUnavailable,
+)
+from kitaru_zenml.events import TAKEN
 from kitaru_zenml.futures import StepFuture
 from kitaru_zenml.identity import HERE, Branch, Here, install_task_factory
 from kitaru_zenml.inputs import resolve_inputs
+from kitaru_zenml.journal.inbox import Inbox
 from kitaru_zenml.journal.journal import AnyEvent, Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease
-from kitaru_zenml.journal.records import LegClosedEvent, StepRecord, chain_root, display_name
+from kitaru_zenml.journal.records import (
+    CancelRequest,
+    LegClosedEvent,
+    OpenWait,
+    RefusedAnswer,
+    StepRecord,
+    chain_root,
+    display_name,
+)
 from kitaru_zenml.options import FlowOptions, OnDrift
 
 if TYPE_CHECKING:
@@ -35,6 +55,8 @@ if TYPE_CHECKING:
     from kitaru_zenml.progress import Hook
 
 logger = logging.getLogger("kitaru_zenml")
+
+WATCH_OPEN = 0.25  # seconds between two looks at the inbox while a call waits
 
 _live: set[Execution] = set()  # what of flows runs in this process, to refuse calls that lost their run
 
@@ -50,6 +72,16 @@ class Ended:
 
     value: Any = None
     error: BaseException | None = None
+
+    @property
+    def status(self) -> Literal["completed", "failed", "paused", "stopped"]:
+        """How the run stands after this leg."""
+        if self.error is None:
+            return "completed"
+        if isinstance(self.error, RunSuspended):
+            return "paused"
+        is_stop = isinstance(self.error, RunCancelled) or not isinstance(self.error, Exception)
+        return "stopped" if is_stop else "failed"
 
     @property
     def superseded(self) -> bool:
@@ -74,6 +106,19 @@ class LegSummary:
     code_changed: bool = False
 
 
+class Board(Protocol):
+    """Where others see what a leg waits for (ZenML's wait conditions). Must not block."""
+
+    def opened(self, wait: OpenWait) -> None:
+        """A call begins to wait."""
+
+    def closed(self, wait: OpenWait) -> None:
+        """It waits no more: the answer is there, or the time has run out."""
+
+    def refused(self, refusal: RefusedAnswer) -> None:
+        """An answer did not fit: ask again."""
+
+
 class Execution:
     """One leg of a run. Made by `flow`, used by whatever makes durable calls."""
 
@@ -88,14 +133,18 @@ class Execution:
         recorder: Recorder | None,
         materializers: codec.Materializers | None,
         on_progress: Hook | None = None,
+        board: Board | None = None,
+        on_cancel: Callable[..., Any] | None = None,
     ) -> None:
         self.run_id, self.journal, self.store, self.lease = journal.run_id, journal, journal.store, lease
         self.options, self.recorder, self.materializers, self.on_progress = options, recorder, materializers, on_progress
+        self.inbox, self.board, self._on_cancel = Inbox(journal), board, on_cancel
+        self.inbox.forget(str(r.metadata[TAKEN]) for r in snapshot.records.values() if TAKEN in r.metadata)
         self._events_lock = threading.Lock()
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._pools_lock = threading.Lock()
         self._futures: set[StepFuture[Any]] = set()  # that may still fail unobserved
-        self._stopped = threading.Event()
+        self._stopped, self._cancel_seen = threading.Event(), False
         self._closed_covers = {key for e in snapshot.events if isinstance(e, LegClosedEvent) for key in e.covers}
         self._earlier = {key: sha for key, sha in snapshot.hashes.items() if key not in self._closed_covers}
         last = snapshot.last_close
@@ -119,6 +168,22 @@ class Execution:
         """Let lineage know of a record before going on."""
         if self.recorder is not None:
             self.recorder.register_now([key])
+
+    def wait_opened(self, wait: OpenWait) -> None:
+        """A call begins to wait."""
+        if self.board is not None:
+            self.board.opened(wait)
+
+    def wait_closed(self, wait: OpenWait) -> None:
+        """What a call waited for has arrived, or its time has run out."""
+        if self.board is not None:
+            self.board.closed(wait)
+
+    def answer_refused(self, refusal: RefusedAnswer) -> None:
+        """An answer did not fit, so that its wait is still open."""
+        logger.warning("run %s: an answer does not fit its wait, which stays open: %s", self.run_id, refusal.reason)
+        if self.board is not None:
+            self.board.refused(refusal)
 
     def input_trees(self, record: StepRecord) -> dict[str, Any]:
         """The whole inputs of a record, for a person."""
@@ -145,19 +210,28 @@ class Execution:
         """
         if inspect.iscoroutinefunction(function) and asyncio._get_running_loop() is not None:
             raise EventLoopRunning(name, "run")
+        try:
+            self.inbox.refresh()
+        except KitaruError as error:
+            return self._end(Ended(error=error))
         beats = threading.Thread(target=self._keep_lease, name=f"kitaru-lease-{self.run_id[:8]}", daemon=True)
         beats.start()
         _live.add(self)
         try:
             if self._root_record is not None:
                 return self._end(self._recorded_result(self._root_record))
-            return self._end(self._body(function, parameters, name, returns))
+            ended = self._body(function, parameters, name, returns)
+            if isinstance(ended.error, RunCancelled):
+                ended = self._cancelled(ended, parameters)
+            return self._end(ended)
         finally:
             _live.discard(self)
             self._stopped.set()
             beats.join()
 
     def _body(self, function: Callable[..., Any], parameters: dict[str, Any], name: str, returns: Any) -> Ended:
+        if self.inbox.cancel is not None:
+            return Ended(error=self._cancel(self.inbox.cancel))
         root = Branch()
         here = Here(self, root)
         self.engine.branch_started(root)
@@ -179,6 +253,32 @@ class Execution:
             self.engine.branch_ended(root)
             self._close_pools()
 
+    def _cancel(self, request: CancelRequest) -> KitaruError:
+        return self.engine.halt(RunCancelled(self.run_id, request.reason, request.by)).error
+
+    def _cancelled(self, ended: Ended, parameters: dict[str, Any]) -> Ended:
+        """Run the flow's `on_cancel` as a step. Its failure does not keep the run from ending as cancelled."""
+        if self._on_cancel is None:
+            return ended
+        reason = ended.error.reason if isinstance(ended.error, RunCancelled) else ""
+        offered = {**parameters, "reason": reason}
+        wanted = inspect.signature(self._on_cancel).parameters
+        given = {name: value for name, value in offered.items() if name in wanted}
+        self.engine.go_on()
+        token = HERE.set(Here(self, Branch()))
+        try:
+            result = self._on_cancel(**given)
+            if inspect.isawaitable(result):
+                asyncio.run(_awaiting(result))
+        except RunHalted as halted:
+            return Ended(error=halted.error)
+        except Exception as error:
+            logger.error("run %s: its on_cancel hook failed: %s", self.run_id, error)
+        finally:
+            HERE.reset(token)
+            self._close_pools()
+        return ended
+
     def _run_sync(self, function: Callable[..., Any], parameters: dict[str, Any], here: Here) -> Any:
         token = HERE.set(here)
         try:
@@ -191,7 +291,7 @@ class Execution:
     def _run_async(self, function: Callable[..., Any], parameters: dict[str, Any], here: Here) -> Any:
         async def main() -> Any:
             install_task_factory(asyncio.get_running_loop())
-            HERE.set(here)
+            HERE.set(replace(here, is_async=True))
             value = await function(**parameters)
             while pending := [f for f in list(self._futures) if not f.done()]:
                 await asyncio.wait([asyncio.wrap_future(f) for f in pending])
@@ -232,12 +332,11 @@ class Execution:
         covers = {**self._earlier, **self.engine.covers}
         error = ended.error
         failed = () if error is None else tuple(codec.paths_on_chain(error))
-        status: Literal["completed", "failed", "stopped"]
-        status = "completed" if error is None else "failed" if isinstance(error, Exception) else "stopped"
         self.append_event(
             LegClosedEvent(
-                nonce=new_nonce(), run_id=self.run_id, epoch=self.lease.epoch, at=datetime.now(UTC), status=status,
-                failure=None if error is None else codec.encode_failure(error), failed_paths=failed,
+                nonce=new_nonce(), run_id=self.run_id, epoch=self.lease.epoch, at=datetime.now(UTC), status=ended.status,
+                failure=codec.encode_failure(error) if error is not None and ended.status != "paused" else None,
+                failed_paths=failed,
                 in_flight=self.engine.in_flight(), covers=covers, previous_root=self._previous_root,
                 root=chain_root(self._previous_root, covers),
             )
@@ -258,12 +357,19 @@ class Execution:
                 if time.monotonic() >= next_beat:
                     self.lease.beat(self.engine.in_flight())
                     next_beat = time.monotonic() + beat_every
+                if self.inbox.refresh():
+                    self.engine.look()
+                if self.inbox.cancel is not None and not self._cancel_seen:
+                    self._cancel_seen = True
+                    self._cancel(self.inbox.cancel)
             except LeaseLost as lost:
                 self.engine.halt(lost)
                 return
+            except CorruptRecord as problem:
+                self.engine.halt(problem)
             except StoreUnavailable as problem:
                 logger.warning("run %s: the lease could not be kept: %s", self.run_id, problem)
-            if self._stopped.wait(self.lease.watch_seconds):
+            if self._stopped.wait(min(self.lease.watch_seconds, WATCH_OPEN if self.engine.open_waits else math.inf)):
                 return
 
     # --- submitted calls ---
@@ -323,8 +429,13 @@ class Execution:
     def _close_pools(self) -> None:
         with self._pools_lock:
             pools = list(self._pools.values())
+            self._pools.clear()
         for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+async def _awaiting(awaitable: Any) -> Any:
+    return await awaitable
 
 
 def input_trees(journal: Journal, record: StepRecord) -> dict[str, Any]:

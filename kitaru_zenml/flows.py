@@ -20,7 +20,8 @@ from zenml.models import PipelineRunResponse
 from zenml.pipelines.dynamic.pipeline_definition import DynamicPipeline
 from zenml.pipelines.run_utils import create_placeholder_run
 
-from kitaru_zenml import leg
+from kitaru_zenml import leg, resumption
+from kitaru_zenml.checkpoints import checkpoint
 from kitaru_zenml.errors import EventLoopRunning, InvalidStepName
 from kitaru_zenml.identity import check_name
 from kitaru_zenml.options import FlowOptions, Lineage, OnDrift
@@ -34,10 +35,19 @@ _OPTIONS = {f.name for f in fields(FlowOptions)}
 class Flow(DynamicPipeline, Generic[P, R]):
     """A durable flow. Made by `@flow`."""
 
-    def __init__(self, *, function: Callable[P, Any], name: str, options: FlowOptions, **zenml: Any) -> None:
+    def __init__(
+        self,
+        *,
+        function: Callable[P, Any],
+        name: str,
+        options: FlowOptions,
+        on_cancel: Callable[..., Any] | None = None,
+        **zenml: Any,
+    ) -> None:
         check_name(name)
         extra = {**(zenml.pop("extra", None) or {}), EXTRA: asdict(options)}
         super().__init__(name=name, entrypoint=function, extra=extra, **zenml)
+        self.on_cancel = None if on_cancel is None else checkpoint(name="on_cancel")(on_cancel)
         self.__wrapped__ = function
         self.__doc__ = function.__doc__
 
@@ -96,7 +106,7 @@ class Flow(DynamicPipeline, Generic[P, R]):
         if report.error is not None:
             raise report.error
         assert run is not None
-        return RunHandle(run.id, report.summary)
+        return resumption.go_on(RunHandle(run.id, report.summary), report)
 
     def _run(self) -> PipelineRunResponse | None:
         """Where every way of starting a pipeline ends up (`flow()`, `run`, a schedule)."""
@@ -136,15 +146,11 @@ class Flow(DynamicPipeline, Generic[P, R]):
         """
         if asyncio._get_running_loop() is not None:
             raise EventLoopRunning(self.name, "resume")
-        from kitaru_zenml.resumption import resume
-
-        return resume(run, on_drift=on_drift, takeover=takeover, retry=retry)
+        return resumption.resume(run, on_drift=on_drift, takeover=takeover, retry=retry)
 
     async def resume_async(self, run: str | UUID, **options: Any) -> RunHandle[R]:
         """`resume` for a running event loop."""
-        from kitaru_zenml.resumption import resume
-
-        return await asyncio.to_thread(resume, run, **options)
+        return await asyncio.to_thread(resumption.resume, run, **options)
 
     # --- ZenML's way in ---
 
@@ -181,7 +187,9 @@ def flow(
     inline_limit: int = 256 * 1024,
     max_workers: int = 32,
     on_drift: OnDrift = "raise",
+    grace: float | None = 10.0,
     allow_pickle: bool = False,
+    on_cancel: Callable[..., Any] | None = None,
     **zenml: Any,
 ) -> _Decorator: ...
 
@@ -194,6 +202,8 @@ def flow(function: Callable[..., Any] | None = None, /, *, name: str | None = No
         name: The pipeline's name; the function's by default.
         **options: Those of `FlowOptions`, which has the meaning, unit and default of each; and those of ZenML's `@pipeline` (`tags`,
             `settings`, `model`, `on_failure`, ...).
+        on_cancel: Called, as a step named `on_cancel`, when the run was cancelled: to undo what must not stay. It gets those of the flow's
+            arguments that it names, and `reason`.
 
     Raises:
         InvalidStepName: If the name cannot be stored.

@@ -16,7 +16,7 @@ import itertools
 import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextvars import Context, ContextVar, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kitaru_zenml.errors import InvalidStepName
@@ -94,6 +94,7 @@ class Here:
     branch: Branch
     scopes: tuple[Scope, ...] = ()
     step: CurrentStep | None = None
+    is_async: bool = False  # whether the innermost body is a coroutine
 
     @property
     def path(self) -> str:
@@ -116,7 +117,7 @@ def install_task_factory(loop: asyncio.AbstractEventLoop) -> None:
         branch = None
         if here is not None:
             branch = here.branch.child()
-            context.run(HERE.set, Here(here.execution, branch, here.scopes, here.step))
+            context.run(HERE.set, replace(here, branch=branch))
         if inner is None:
             task: asyncio.Future[Any] = asyncio.Task(coro, loop=loop, context=context, **kwargs)
         else:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
 from zenml.client import Client
+from zenml.enums import ExecutionStatus
 from zenml.execution.pipeline.dynamic.run_context import DynamicPipelineRunContext
-from zenml.execution.pipeline.dynamic.runner import DynamicPipelineRunner
+from zenml.execution.pipeline.dynamic.runner import DynamicPipelineRunner, RunPaused, _WaitConditionAborted
 from zenml.integrations.registry import integration_registry
-from zenml.models import PipelineRunResponse, PipelineSnapshotResponse
+from zenml.models import PipelineRunResponse, PipelineRunUpdate, PipelineSnapshotResponse
 from zenml.orchestrators.local.local_orchestrator import LocalOrchestrator
 from zenml.stack import Stack
 from zenml.utils import source_utils
@@ -36,7 +37,8 @@ import kitaru_zenml
 from kitaru_zenml import progress
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure, paths_on_chain
-from kitaru_zenml.errors import KitaruError, LeaseLost, RunIsLeased, StoreUnavailable, WrongArtifactStore
+from kitaru_zenml.conditions import Conditions, close_pending
+from kitaru_zenml.errors import KitaruError, LeaseLost, RunCancelled, RunIsLeased, StoreUnavailable, WrongArtifactStore
 from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
@@ -63,6 +65,7 @@ class Report:
     error: BaseException | None = None
     handed: tuple[HeldLease, Snapshot] | None = None  # taken by resume, so that nobody comes in between
     summary: LegSummary | None = None
+    goes_on: bool = False  # it suspended, and what it waited for has come since
 
 
 _REPORT: ContextVar[Report | None] = ContextVar("kitaru_report", default=None)
@@ -178,8 +181,14 @@ def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
     except (RunIsLeased, LeaseLost) as error:
         ended = Ended(error=error)
         fence.close()
-    if report is not None:
+    if report is not None and ended.status != "paused":
         report.error = ended.error
+    if ended.status in ("paused", "stopped") and not fence.closed:
+        fence.conclude()
+        if ended.status == "paused":
+            raise RunPaused
+        if isinstance(ended.error, RunCancelled):
+            raise _WaitConditionAborted(str(ended.error))
     if ended.error is not None and not fence.closed:
         ended.error.add_note(
             f"Run {run.id} of flow `{flow.name}` ended here. Look at it with `kitaru show {run.id}`, go on with `kitaru resume {run.id}`."
@@ -221,7 +230,10 @@ def _run_leg(
         execution = Execution(
             journal=journal, lease=lease, snapshot=snapshot, options=flow.options, on_drift=_drift_choice(snapshot, lease, flow),
             recorder=recorder, materializers=ZenMLMaterializers(artifact_store), on_progress=shown.note if shown else None,
+            on_cancel=flow.on_cancel,
         )  # fmt: skip
+        conditions = Conditions(run, execution.inbox, lambda: execution.engine.open_waits, execution.engine.look)
+        execution.board = conditions
         recorder.watch(lambda: execution.engine.activity)
         recorder.start()
         if snapshot.records:
@@ -230,7 +242,7 @@ def _run_leg(
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered
         ended = execution.run(flow.__wrapped__, parameters, flow.name, inspect.signature(flow.__wrapped__).return_annotation)
-        fence.guard(execution, recorder, ended)
+        fence.guard(execution, recorder, conditions, ended)
         if shown is not None:
             shown.ended(ended.error)
         if report is not None:
@@ -275,7 +287,8 @@ class _Fence:
     def __init__(self, runner: DynamicPipelineRunner) -> None:
         self.closed = False
         self._runner, self._publish, self._hooks = runner, runner._publish_run_status, runner._fire_terminal_run_hooks
-        self._guard: tuple[Execution, Recorder, Ended] | None = None
+        self._guard: tuple[Execution, Recorder, Conditions, Ended] | None = None
+        self._concluded = False
         runner._publish_run_status = self._publish_run_status  # type: ignore[method-assign]
         runner._fire_terminal_run_hooks = self._fire_terminal_run_hooks  # type: ignore[method-assign]
 
@@ -283,32 +296,44 @@ class _Fence:
         """This process does not hold the lease: let nothing through."""
         self.closed = True
 
-    def guard(self, execution: Execution, recorder: Recorder, ended: Ended) -> None:
-        """The leg has ended; what follows is ZenML's finalizer."""
-        self._guard = execution, recorder, ended
+    def guard(self, execution: Execution, recorder: Recorder, conditions: Conditions, ended: Ended) -> None:
+        """The leg has ended; what follows is ZenML's finalizer, or `conclude`."""
+        self._guard = execution, recorder, conditions, ended
         if ended.superseded:
             self.close()
+            conditions.close(suspending=False)
             recorder.close()
 
     def _publish_run_status(self, return_value: Any = None, exception: BaseException | None = None) -> None:
-        if self.closed:
+        if self.closed or self._concluded:
             return
         if self._guard is None:  # the leg never began
             self._publish(return_value=return_value, exception=exception)
             return
-        execution, recorder, ended = self._guard
+        self.conclude(lambda: self._publish(return_value=return_value, exception=exception))
+
+    def conclude(self, publish: Callable[[], None] | None = None) -> None:
+        """Drain lineage, give the run its status in ZenML, and let it go."""
+        assert self._guard is not None
+        execution, recorder, conditions, ended = self._guard
+        self._concluded = True
         try:
             # A store that failed the run fails lineage too, which a resume completes: no use in waiting for it.
             drained = recorder.drain(5 if isinstance(ended.error, StoreUnavailable) else DRAIN_PATIENCE)
             if drained.pending:
                 logger.error("run %s: %d steps are not in ZenML yet: %s", execution.run_id, drained.pending, drained.error)
             execution.lease.check()
-            if ended.error is not None:
-                epoch = execution.lease.epoch
-                report_failure(self._runner.run, execution.journal, epoch, "raised", ended.error)
+            if ended.status == "failed" and ended.error is not None:
+                report_failure(self._runner.run, execution.journal, execution.lease.epoch, "raised", ended.error)
             _patiently(lambda: _log_root(execution))
             execution.lease.check()
-            _patiently(lambda: self._publish(return_value=return_value, exception=exception))
+            if ended.status == "paused":
+                _patiently(lambda: self._pause(execution, conditions))
+            else:
+                conditions.close(suspending=False)
+                _patiently(publish or (lambda: self._stop(ended)))
+                if ended.status != "failed":  # which a resume may continue: its question still stands
+                    _patiently(lambda: close_pending(execution.run_id))
         except LeaseLost as lost:
             logger.warning("%s", lost)
             self.close()
@@ -318,6 +343,23 @@ class _Fence:
         finally:
             recorder.close()
             execution.lease.release()
+
+    def _pause(self, execution: Execution, conditions: Conditions) -> None:
+        goes_on = conditions.close(suspending=True)
+        run = Client().zen_store.get_run(UUID(execution.run_id))
+        if run.status == ExecutionStatus.RUNNING:
+            update = PipelineRunUpdate(status=ExecutionStatus.PAUSED, status_reason="Waiting.")
+            run = Client().zen_store.update_run(run.id, update)
+        self._runner._run = run
+        if (report := _REPORT.get()) is not None:
+            report.goes_on = goes_on
+
+    def _stop(self, ended: Ended) -> None:
+        run = Client().zen_store.get_run(self._runner.run.id)
+        if not run.status.is_finished:
+            update = PipelineRunUpdate(status=ExecutionStatus.STOPPED, status_reason=str(ended.error))
+            run = Client().zen_store.update_run(run.id, update)
+        self._runner._run = run
 
     def _fire_terminal_run_hooks(self, *args: Any, **kwargs: Any) -> None:
         if not self.closed:

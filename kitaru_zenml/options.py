@@ -75,6 +75,8 @@ class FlowOptions:
         max_workers: Threads for `.submit` and `.map` of sync steps, a scope each.
         on_drift: What to do when a finished step is asked again with other inputs: stop (`raise`), take the recorded outcome (`reuse`) or
             run the call anew and retire the record (`rerun`).
+        grace: Seconds that the process goes on waiting for an answer, an event or child runs before the run suspends and the process may
+            end; `None` never suspends. A sleep that is longer suspends at once.
         allow_pickle: Store values that have neither a JSON form nor a ZenML materializer by pickle. Loading them runs code.
     """
 
@@ -83,6 +85,7 @@ class FlowOptions:
     inline_limit: int = 256 * 1024
     max_workers: int = 32
     on_drift: OnDrift = "raise"
+    grace: float | None = 10.0
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from kitaru_zenml.errors import RunSuspended
+
 if TYPE_CHECKING:
     from kitaru_zenml.journal.records import Usage
     from kitaru_zenml.screen import Screen
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kitaru_zenml")
 
 T = TypeVar("T")
-State = Literal["running", "replayed", "finished", "failed", "retrying"]
+State = Literal["running", "replayed", "finished", "failed", "retrying", "waiting"]
+_WORTH_SAYING: dict[State, str] = {"failed": "failed", "retrying": "failed and is tried again", "waiting": "waits"}
 Mode = Literal["tree", "plain", "off"]
 
 KEPT = 15  # siblings with an outcome that a scope remembers one by one
@@ -157,8 +160,8 @@ class RunProgress:
         for _ in range(len(self._news)):
             state, step, usage, at = self._news.popleft()
             self._take(state, step.split("/"), usage, at)
-            if state == "failed" or state == "retrying":
-                worth_saying.append(f"step {step} {'failed' if state == 'failed' else 'failed and is tried again'}")
+            if state in _WORTH_SAYING:
+                worth_saying.append(f"{step} {_WORTH_SAYING[state]}")
         return worth_saying
 
     def _take(self, state: State, path: list[str], usage: Usage | None, at: float) -> None:
@@ -166,7 +169,7 @@ class RunProgress:
         for name in path[:-1]:
             above.append(above[-1].open.setdefault(name, Node(name, at)))
         parent, name = above[-1], path[-1]
-        if state == "running":
+        if state == "running" or state == "waiting":
             parent.open.setdefault(name, Node(name, at))
             return
         if state == "retrying":
@@ -225,6 +228,9 @@ class RunProgress:
     def last_words(self) -> tuple[str, str]:
         """How the leg ended, and what to type next."""
         took = words(self.took or 0)
+        if isinstance(self.error, RunSuspended):
+            names = ", ".join(name for _, name in self.error.waits)
+            return f"{self.flow} is suspended after {took}, it waits for {names}: {self.facts()}", f"kitaru waits {self.run_id}"
         if self.error is None:
             return f"{self.flow} finished in {took}: {self.facts()}", f"kitaru show {self.run_id}"
         ending = f"{self.flow} ended after {took} with {type(self.error).__name__}: {self.facts()}"

@@ -103,7 +103,12 @@ def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot) ->
             stack.orchestrator.resume_run(snapshot=run.snapshot, run=run, stack=stack)
     if report.error is not None:
         raise report.error
-    return RunHandle(run.id, report.summary)
+    return go_on(RunHandle(run.id, report.summary), report)
+
+
+def go_on(handle: RunHandle[Any], report: leg.Report) -> RunHandle[Any]:
+    """Resume a run at once that suspended while what it waited for arrived: nobody else may have noticed."""
+    return resume(handle.id) if report.goes_on else handle
 
 
 def _to_resuming(run: PipelineRunResponse) -> PipelineRunResponse:

@@ -16,6 +16,7 @@ from kitaru_zenml.journal.records import (
     Beat,
     Lease,
     LegClosedEvent,
+    OpenWait,
     RetireEvent,
     RetryEvent,
     RunInfo,
@@ -49,6 +50,7 @@ class Snapshot:
     records: dict[str, StepRecord] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     markers: dict[str, StartedMarker] = field(default_factory=dict)
+    waits: dict[str, OpenWait] = field(default_factory=dict)
     events: list[AnyEvent] = field(default_factory=list)
     info: RunInfo | None = None
 
@@ -115,7 +117,9 @@ class Journal:
         """
         folder = run_folder(self.run_id)
         names = [
-            n for n in self.store.list(folder) if re.match(r"(run\.json|(steps|started|events)/[^/]+\.json)$", n[len(folder) :])
+            n
+            for n in self.store.list(folder)
+            if re.match(r"(run\.json|(steps|started|waits|events)/[^/]+\.json)$", n[len(folder) :])
         ]
         snapshot = Snapshot()
         events: dict[int, AnyEvent | None] = {}
@@ -132,6 +136,8 @@ class Journal:
                     snapshot.records[key], snapshot.hashes[key] = record, sealed_hash(data)
                 elif kind == "started":
                     snapshot.markers[key] = unseal(StartedMarker, data, name)
+                elif kind == "waits":
+                    snapshot.waits[key] = unseal(OpenWait, data, name)
                 elif kind == "events":
                     events[int(key)] = unseal_event(data, name)
                 else:
@@ -173,6 +179,16 @@ class Journal:
             return self.store.get(blob_name(self.run_id, sha256))
         except ObjectNotFound:
             raise CorruptRecord(blob_name(self.run_id, sha256), "it is missing, though a record refers to it") from None
+
+    def open_waits(self) -> list[OpenWait]:
+        """What the run waits for, the oldest first: stored waits without a record. Answered ones that nobody consumed are among them."""
+        folder = run_folder(self.run_id)
+        finished = {name.rpartition("/")[2] for name in self.store.list(folder + "steps/")}
+        names = [name for name in self.store.list(folder + "waits/") if name.rpartition("/")[2] not in finished]
+        found = [
+            unseal(OpenWait, data, n) for n, data in zip(names, self.store.get_many(names), strict=True) if data is not None
+        ]
+        return sorted(found, key=lambda wait: (wait.asked_at, wait.display))
 
     def leases(self) -> list[Lease]:
         """Every lease ever taken, oldest first: the run's legs."""

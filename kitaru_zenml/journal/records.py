@@ -7,6 +7,8 @@ model. A body carries the nonce of who wrote it: a writer that finds its own byt
     run.json             RunInfo       derived from the ZenML run
     steps/<key>.json     StepRecord    write-once outcome of a step; path "/" is the flow itself
     started/<key>.json   StartedMarker an at-most-once step has begun
+    waits/<key>.json     OpenWait      what a call waits for; open until the record of the same key exists
+    inbox/<key>.json     Answer, SentEvent, CancelRequest: what comes from outside, write-once under its idempotency key
     events/<n>.json      Event         numbered notes of the executing leg
     lease/<n>.json       Lease         who holds epoch n; lease/<n>.beat is overwritten by its holder alone
     blobs/<sha256>       bytes of a large value
@@ -23,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -205,6 +207,84 @@ class StartedMarker(Stored):
         return display_path((*self.scopes, self.scope))
 
 
+WaitKind = Literal["wait", "timer", "event", "join"]
+
+
+class OpenWait(Stored):
+    """What a call waits for, stored once before it begins to wait: question, deadline and runs are the same in every leg."""
+
+    epoch: int
+    kind: WaitKind
+    scope: Scope  # of the waiting call itself
+    scopes: tuple[Scope, ...] = ()  # around it, outermost first
+    generation: int = 0
+    question: str | None = None
+    json_schema: dict[str, Any] | None = None  # of the answer; `None` takes no value, it only lets the run go on
+    data_type: str | None = None  # `module:qualified name` of the schema, if it is a class that can be imported
+    deadline: datetime | None = None
+    event: str | None = None  # name of the awaited event
+    runs: tuple[str, ...] = ()  # ids of the child runs that are joined
+    metadata: dict[str, Any] = {}
+    asked_at: datetime
+
+    @property
+    def key(self) -> str:
+        """The `<key>` that its record will have, and its answers refer to."""
+        return record_key(self.scope.name, self.scope.path, self.generation)
+
+    @property
+    def display(self) -> str:
+        """The path for people, unique in the run: `approve#0`."""
+        return display_path((*self.scopes, self.scope))
+
+
+class Answer(Stored):
+    """An answer to an open wait. `number` counts answers to one wait: one that does not fit its schema is refused, and the next counts."""
+
+    type: Literal["answer"] = "answer"
+    wait: str  # key of the `OpenWait`
+    number: int = 0
+    value: Any = None  # plain JSON, as the person gave it
+    by: str = ""
+    via: str = ""  # cli, client, zenml
+    at: datetime
+
+
+class RefusedAnswer(Stored):
+    """Said by the run of an answer that its schema does not take, so that the wait stays open."""
+
+    type: Literal["refused"] = "refused"
+    wait: str
+    number: int
+    reason: str
+    at: datetime
+
+
+class SentEvent(Stored):
+    """Something sent to a run by name. Events of a name are taken in the order of `sent_at`, then of their keys."""
+
+    type: Literal["event"] = "event"
+    name: str
+    idempotency_key: str
+    payload: Any = None  # plain JSON
+    sent_at: int  # nanoseconds since the epoch, by the sender's clock
+    by: str = ""
+
+
+class CancelRequest(Stored):
+    """Somebody wants the run to stop at its next boundary."""
+
+    type: Literal["cancel"] = "cancel"
+    reason: str = ""
+    keep_children: bool = False
+    by: str = ""
+    at: datetime
+
+
+InboxItem = Annotated[Answer | RefusedAnswer | SentEvent | CancelRequest, Field(discriminator="type")]
+INBOX_ITEM: TypeAdapter[Answer | RefusedAnswer | SentEvent | CancelRequest] = TypeAdapter(InboxItem)
+
+
 def display_path(scopes: Sequence[Scope]) -> str:
     """The path for people of the innermost of some scopes."""
     return "/".join(display_name(s.name, s.ordinal, s.key) for s in scopes)
@@ -357,6 +437,40 @@ def started_name(run_id: str, key: str) -> str:
     return f"kitaru/{run_id}/started/{key}.json"
 
 
+def wait_name(run_id: str, key: str) -> str:
+    """Object name of an open wait."""
+    return f"kitaru/{run_id}/waits/{key}.json"
+
+
+def answer_name(run_id: str, wait: str, number: int) -> str:
+    """Object name of the n-th answer to a wait: a register, so that two people cannot both answer."""
+    return f"kitaru/{run_id}/inbox/answer-{wait}-{number}.json"
+
+
+def refused_name(run_id: str, wait: str, number: int) -> str:
+    """Object name of the refusal of an answer."""
+    return f"kitaru/{run_id}/inbox/refused-{wait}-{number}.json"
+
+
+def sent_event_name(run_id: str, name: str, idempotency_key: str) -> str:
+    """Object name of a sent event: the same for the same idempotency key, so that it is sent once."""
+    digest = hashlib.sha256(f"{name}|{idempotency_key}".encode()).hexdigest()[:32]
+    return f"kitaru/{run_id}/inbox/event-{digest}.json"
+
+
+def cancel_name(run_id: str) -> str:
+    """Object name of the request to cancel the run."""
+    return f"kitaru/{run_id}/inbox/cancel.json"
+
+
+DUE_FOLDER = "kitaru/_due/"
+
+
+def due_name(at: datetime, run_id: str) -> str:
+    """Object name of a hint that somebody should look at a run at a time; a listing is in order of time."""
+    return f"{DUE_FOLDER}{at.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}-{run_id}"
+
+
 def event_name(run_id: str, number: int) -> str:
     """Object name of an event; zero-padded so that a listing is in order."""
     return f"kitaru/{run_id}/events/{number:08d}.json"
@@ -430,6 +544,15 @@ def unseal(model: type[S], data: bytes, name: str) -> S:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise CorruptRecord(name, f"it is not a {model.__name__}: {error.errors()[0]['msg']}") from error
+
+
+def unseal_inbox_item(data: bytes, name: str) -> Answer | RefusedAnswer | SentEvent | CancelRequest:
+    """What came from outside, checked; see `unseal`."""
+    body = unsealed_body(data, name)
+    try:
+        return INBOX_ITEM.validate_json(body)
+    except ValidationError as error:
+        raise CorruptRecord(name, f"it is not an item of the inbox: {error.errors()[0]['msg']}") from error
 
 
 def unseal_event(data: bytes, name: str) -> RetryEvent | RetireEvent | LegClosedEvent:

@@ -171,7 +171,9 @@ def test_of_racing_processes_one_wins_each_object(moto: loopback.S3) -> None:
     prefix = f"race-{time.monotonic_ns()}"
     where = [moto.endpoint, moto.access_key, moto.secret_key, moto.bucket, prefix]
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, *where, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, *where, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for i in range(3)
     ]
     for racer in racers:
