@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kitaru_zenml import codec
@@ -36,6 +36,7 @@ from kitaru_zenml.events import TAKEN
 from kitaru_zenml.futures import StepFuture
 from kitaru_zenml.identity import HERE, Branch, Here, install_task_factory
 from kitaru_zenml.inputs import resolve_inputs
+from kitaru_zenml.journal.due import Hint, leave_hint
 from kitaru_zenml.journal.inbox import Inbox
 from kitaru_zenml.journal.journal import AnyEvent, Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease
@@ -144,6 +145,7 @@ class Execution:
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._pools_lock = threading.Lock()
         self._futures: set[StepFuture[Any]] = set()  # that may still fail unobserved
+        self.hint: Hint | None = None  # for the worker, until the leg ends in order
         self._stopped, self._cancel_seen = threading.Event(), False
         self._closed_covers = {key for e in snapshot.events if isinstance(e, LegClosedEvent) for key in e.covers}
         self._earlier = {key: sha for key, sha in snapshot.hashes.items() if key not in self._closed_covers}
@@ -350,7 +352,9 @@ class Execution:
 
     def _keep_lease(self) -> None:
         """Beat while the leg lives, and find out when somebody has taken the run over."""
-        beat_every, next_beat = self.lease.lease.lapse_seconds / 3, 0.0
+        lapse = self.lease.lease.lapse_seconds
+        self.hint = leave_hint(self.store, self.run_id, datetime.now(UTC) + timedelta(seconds=lapse))  # should this process die
+        beat_every, next_beat = lapse / 3, 0.0
         while True:
             try:
                 self.lease.check()

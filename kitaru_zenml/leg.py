@@ -41,6 +41,7 @@ from kitaru_zenml.conditions import Conditions, close_pending
 from kitaru_zenml.errors import KitaruError, LeaseLost, RunCancelled, RunIsLeased, StoreUnavailable, WrongArtifactStore
 from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
+from kitaru_zenml.journal.due import leave_hint, remove_hint
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease, is_gone, take_lease
 from kitaru_zenml.journal.records import Beat, InFlight, RetryEvent, RunInfo, display_path
@@ -48,7 +49,7 @@ from kitaru_zenml.lineage.failure import FailureReport, build_report, register_f
 from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 from kitaru_zenml.lineage.recorder import Recorder
 from kitaru_zenml.options import OnDrift
-from kitaru_zenml.runs import artifact_store_of
+from kitaru_zenml.runs import PARENT, artifact_store_of
 
 if TYPE_CHECKING:
     from kitaru_zenml.flows import Flow
@@ -242,7 +243,7 @@ def _run_leg(
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered
         ended = execution.run(flow.__wrapped__, parameters, flow.name, inspect.signature(flow.__wrapped__).return_annotation)
-        fence.guard(execution, recorder, conditions, ended)
+        fence.guard(execution, recorder, conditions, ended, info.parent)
         if shown is not None:
             shown.ended(ended.error)
         if report is not None:
@@ -268,8 +269,8 @@ def _run_info(flow: Flow[Any, Any], parameters: dict[str, Any], run: PipelineRun
     return RunInfo(
         nonce=new_nonce(), run_id=str(run.id), flow=flow.name, source=source.import_path, source_root=source_utils.get_source_root(),
         inputs={name: canonical(value, []) for name, value in parameters.items()}, code=code_digest(flow.__wrapped__),
-        artifact_store=journal.store.uri, kitaru_version=kitaru_zenml.__version__, created_at=run.created.replace(tzinfo=UTC)
-        if run.created else datetime.now(UTC),
+        artifact_store=journal.store.uri, parent=flow.configuration.extra.get(PARENT), kitaru_version=kitaru_zenml.__version__,
+        created_at=run.created.replace(tzinfo=UTC) if run.created else datetime.now(UTC),
     )  # fmt: skip
 
 
@@ -289,6 +290,7 @@ class _Fence:
         self._runner, self._publish, self._hooks = runner, runner._publish_run_status, runner._fire_terminal_run_hooks
         self._guard: tuple[Execution, Recorder, Conditions, Ended] | None = None
         self._concluded = False
+        self._parent: str | None = None  # run that this one is a child of
         runner._publish_run_status = self._publish_run_status  # type: ignore[method-assign]
         runner._fire_terminal_run_hooks = self._fire_terminal_run_hooks  # type: ignore[method-assign]
 
@@ -296,8 +298,9 @@ class _Fence:
         """This process does not hold the lease: let nothing through."""
         self.closed = True
 
-    def guard(self, execution: Execution, recorder: Recorder, conditions: Conditions, ended: Ended) -> None:
+    def guard(self, execution: Execution, recorder: Recorder, conditions: Conditions, ended: Ended, parent: str | None) -> None:
         """The leg has ended; what follows is ZenML's finalizer, or `conclude`."""
+        self._parent = parent
         self._guard = execution, recorder, conditions, ended
         if ended.superseded:
             self.close()
@@ -343,9 +346,16 @@ class _Fence:
         finally:
             recorder.close()
             execution.lease.release()
+        if execution.hint is not None:
+            remove_hint(execution.store, execution.hint)
+        if self._parent is not None and ended.status != "paused":
+            leave_hint(execution.store, self._parent, datetime.now(UTC))  # it may wait for this run
 
     def _pause(self, execution: Execution, conditions: Conditions) -> None:
         goes_on = conditions.close(suspending=True)
+        waits = execution.engine.open_waits
+        if deadlines := [wait.deadline for wait in waits if wait.deadline is not None]:
+            leave_hint(execution.store, execution.run_id, min(deadlines))
         run = Client().zen_store.get_run(UUID(execution.run_id))
         if run.status == ExecutionStatus.RUNNING:
             update = PipelineRunUpdate(status=ExecutionStatus.PAUSED, status_reason="Waiting.")

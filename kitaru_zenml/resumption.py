@@ -53,6 +53,7 @@ def resume(
     takeover: bool = False,
     retry: Sequence[str] = (),
     on_wait: Callable[[Lease, float], None] | None = None,
+    wait: bool = True,
 ) -> RunHandle[Any]:
     """Continue a run in the same ZenML pipeline run; see `Flow.resume`.
 
@@ -62,6 +63,7 @@ def resume(
         takeover: Supersede an executor that is alive.
         retry: Display names or paths of failed steps to run again besides those that ended the run.
         on_wait: Told the lease and the seconds left while waiting for a dead holder's lease to lapse.
+        wait: Watch a holder that may be dead until its lease has lapsed; else only one that is known to be gone is superseded.
     """
     leg.warm_up()
     found = find_run(run)
@@ -72,15 +74,16 @@ def resume(
     if options is None:
         raise NoJournal(str(found.id), journal.store.uri)
     lease = take_lease(
-        journal, purpose="resume", lapse_seconds=options.lapse_seconds, takeover=takeover, wait=True, on_wait=on_wait
+        journal, purpose="resume", lapse_seconds=options.lapse_seconds, takeover=takeover, wait=wait, on_wait=on_wait
     )
     try:
         found = find_run(found.id)  # as it is now that nobody else changes it
         if found.status in (ExecutionStatus.COMPLETED, ExecutionStatus.STOPPED):
             raise RunFinished(str(found.id), found.status.value)
         snapshot = journal.load()
-        refuse_doubt(snapshot, str(found.id))
-        _reopen(journal, snapshot, lease, on_drift, retry)
+        if not journal.is_cancelled():  # to end it, no doubt must be settled and nothing is tried again
+            refuse_doubt(snapshot, str(found.id))
+            _reopen(journal, snapshot, lease, on_drift, retry)
         found_dead = found.status == ExecutionStatus.RUNNING
         if found_dead and snapshot.info is not None and "/" not in snapshot.current():
             leg.report_failure(found, journal, lease.epoch - 1, "found dead", snapshot=snapshot)

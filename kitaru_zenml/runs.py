@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kitaru_zenml.execution import LegSummary
 
 R = TypeVar("R")
+PARENT = "kitaru_parent"  # under this name a child run's configuration names its parent run
 EXTRA = "kitaru"  # under this name the flow's options travel in the pipeline's configuration
 
 

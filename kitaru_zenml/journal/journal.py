@@ -24,6 +24,7 @@ from kitaru_zenml.journal.records import (
     StepRecord,
     beat_name,
     blob_name,
+    cancel_name,
     event_name,
     lease_name,
     run_folder,
@@ -189,6 +190,22 @@ class Journal:
             unseal(OpenWait, data, n) for n, data in zip(names, self.store.get_many(names), strict=True) if data is not None
         ]
         return sorted(found, key=lambda wait: (wait.asked_at, wait.display))
+
+    def waits(self) -> list[OpenWait]:
+        """Every wait that was ever asked, the oldest first."""
+        names = self.store.list(run_folder(self.run_id) + "waits/")
+        found = [
+            unseal(OpenWait, data, n) for n, data in zip(names, self.store.get_many(names), strict=True) if data is not None
+        ]
+        return sorted(found, key=lambda wait: (wait.asked_at, wait.display))
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody asked the run to stop."""
+        try:
+            self.store.get(cancel_name(self.run_id))
+        except ObjectNotFound:
+            return False
+        return True
 
     def leases(self) -> list[Lease]:
         """Every lease ever taken, oldest first: the run's legs."""

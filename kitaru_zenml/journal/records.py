@@ -307,6 +307,7 @@ class RunInfo(Stored):
     inputs: dict[str, Any] = {}
     code: str = ""  # digest of the source file of the flow when the run began
     artifact_store: str = ""
+    parent: str | None = None  # id of the run whose step started this one
     kitaru_version: str = ""
     created_at: datetime
 
