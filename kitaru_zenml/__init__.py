@@ -22,6 +22,7 @@ _HOMES = {
     "sleep": "timers",
     "sleep_until": "timers",
     "event": "events",
+    "gather_runs": "children",
     "now": "recorded",
     "random": "recorded",
     "uuid4": "recorded",
@@ -35,6 +36,9 @@ _HOMES = {
     "RecordedFailure": "errors",
     "RunSuspended": "errors",
     "RunCancelled": "errors",
+    "ChildRunFailed": "errors",
+    "InvalidAnswer": "errors",
+    "AlreadyAnswered": "errors",
     "WaitTimedOut": "errors",
     "EventTimedOut": "errors",
     "RunIsLeased": "errors",
@@ -54,6 +58,7 @@ __all__ = [  # spelt out, because type checkers read only that
     "sleep",
     "sleep_until",
     "event",
+    "gather_runs",
     "now",
     "random",
     "uuid4",
@@ -67,6 +72,9 @@ __all__ = [  # spelt out, because type checkers read only that
     "RecordedFailure",
     "RunSuspended",
     "RunCancelled",
+    "ChildRunFailed",
+    "InvalidAnswer",
+    "AlreadyAnswered",
     "WaitTimedOut",
     "EventTimedOut",
     "RunIsLeased",
@@ -76,9 +84,13 @@ __all__ = [  # spelt out, because type checkers read only that
 
 if TYPE_CHECKING:
     from kitaru_zenml.checkpoints import Checkpoint, checkpoint, current_step
+    from kitaru_zenml.children import gather_runs
     from kitaru_zenml.errors import (
+        AlreadyAnswered,
+        ChildRunFailed,
         EventTimedOut,
         InputsDrifted,
+        InvalidAnswer,
         KitaruError,
         LeaseLost,
         NotDurableError,

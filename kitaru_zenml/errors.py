@@ -278,6 +278,28 @@ class RunCancelled(KitaruError):
         self.run_id, self.reason, self.by = run_id, reason, by
 
 
+class ChildRunFailed(KitaruError):
+    """A child run did not complete. Raised into the parent, which may catch it; resuming the parent looks at the child again."""
+
+    def __init__(self, run_id: str, status: str, type_name: str, message: str) -> None:
+        said = f"{type_name.rpartition(':')[2]}: {message}" if type_name else message
+        super().__init__(
+            f"Child run {run_id} ended as {status}: {said}. Correct it (`kitaru failure {run_id}`, then `kitaru resume {run_id}` or "
+            f"`kitaru replay {run_id} --override STEP=VALUE`) and resume this run."
+        )
+        self.run_id, self.status, self.type_name, self.message = run_id, status, type_name, message
+
+
+class RunIdTaken(KitaruError):
+    """A run was started under this id with other arguments."""
+
+    def __init__(self, id: str, run_id: str, arguments: Sequence[str]) -> None:
+        super().__init__(
+            f"The id `{id}` belongs to run {run_id}, which was started with other arguments ({', '.join(arguments)}). Use another id."
+        )
+        self.id, self.run_id, self.arguments = id, run_id, tuple(arguments)
+
+
 class WaitTimedOut(KitaruError):
     """Nobody answered in time. Raised into the flow, which may catch it."""
 

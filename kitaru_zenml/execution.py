@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kitaru_zenml import codec
+from kitaru_zenml.children import Children, cancel_children
 from kitaru_zenml.drivers import drive
 from kitaru_zenml.engine import Engine
 from kitaru_zenml.errors import (
@@ -141,6 +142,7 @@ class Execution:
         self.options, self.recorder, self.materializers, self.on_progress = options, recorder, materializers, on_progress
         self.inbox, self.board, self._on_cancel = Inbox(journal), board, on_cancel
         self.inbox.forget(str(r.metadata[TAKEN]) for r in snapshot.records.values() if TAKEN in r.metadata)
+        self.children = Children(options.max_children, snapshot.records.values())
         self._events_lock = threading.Lock()
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._pools_lock = threading.Lock()
@@ -228,6 +230,7 @@ class Execution:
             return self._end(ended)
         finally:
             _live.discard(self)
+            self.children.release()
             self._stopped.set()
             beats.join()
 
@@ -259,7 +262,9 @@ class Execution:
         return self.engine.halt(RunCancelled(self.run_id, request.reason, request.by)).error
 
     def _cancelled(self, ended: Ended, parameters: dict[str, Any]) -> Ended:
-        """Run the flow's `on_cancel` as a step. Its failure does not keep the run from ending as cancelled."""
+        """Let the children follow, and run the flow's `on_cancel` as a step. Its failure does not keep the run from ending as cancelled."""
+        if self.inbox.cancel is not None and not self.inbox.cancel.keep_children:
+            cancel_children(self.children.started, self.inbox.cancel)
         if self._on_cancel is None:
             return ended
         reason = ended.error.reason if isinstance(ended.error, RunCancelled) else ""

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 from uuid import UUID
 
+from pydantic_core import to_json
 from zenml.client import Client
+from zenml.enums import ExecutionStatus
+from zenml.exceptions import EntityExistsError
 from zenml.models import PipelineRunResponse
 from zenml.pipelines.dynamic.pipeline_definition import DynamicPipeline
 from zenml.pipelines.run_utils import create_placeholder_run
 
 from kitaru_zenml import leg, resumption
 from kitaru_zenml.checkpoints import checkpoint
-from kitaru_zenml.errors import EventLoopRunning, InvalidStepName
-from kitaru_zenml.identity import check_name
+from kitaru_zenml.children import gather_runs, start_child
+from kitaru_zenml.errors import EventLoopRunning, InvalidStepName, RunFinished, RunIdTaken, RunIsLeased
+from kitaru_zenml.identity import HERE, check_name
+from kitaru_zenml.inputs import canonical
 from kitaru_zenml.options import FlowOptions, Lineage, OnDrift
-from kitaru_zenml.runs import EXTRA, RunHandle
+from kitaru_zenml.runs import EXTRA, PARENT, RunHandle, named_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_RUN_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,150}")
 _OPTIONS = {f.name for f in fields(FlowOptions)}
 
 
@@ -65,26 +72,65 @@ class Flow(DynamicPipeline, Generic[P, R]):
 
     # --- start ---
 
-    def run(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]:
+    @overload
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]: ...
+
+    @overload
+    def run(self, *args: Any, id: str, **kwargs: Any) -> RunHandle[R]: ...
+
+    def run(self, *args: Any, **kwargs: Any) -> RunHandle[R]:
         """Run the flow on the active stack; with a local orchestrator, to its end in this process.
 
+        Inside a flow it is a child run that the flow waits for.
+
+        Args:
+            *args: Those of the function.
+            **kwargs: Those of the function; and `id`, a name of your own for the run, unless the function takes an `id`: the second call
+                under an id gets the same run, and continues it if it did not complete.
+
         Returns:
-            A handle of the finished run, or of the submitted one on a remote stack.
+            A handle of the run: finished, or suspended (`status` is `paused`); of the submitted one on a remote stack.
 
         Raises:
             EventLoopRunning: If this thread runs an event loop; use `run_async` there.
+            RunIdTaken: If the id belongs to a run with other arguments.
             Exception: What ended the run; a note on it names the run and how to continue.
         """
         if asyncio._get_running_loop() is not None:
             raise EventLoopRunning(self.name, "run")
+        if (here := HERE.get()) is not None:
+            handle = start_child(self, here, args, kwargs)
+            gather_runs([handle], name=f"join:{self.name}")
+            return handle
         return self._start(lambda _: None, args, kwargs)
 
-    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]:
+    @overload
+    async def run_async(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]: ...
+
+    @overload
+    async def run_async(self, *args: Any, id: str, **kwargs: Any) -> RunHandle[R]: ...
+
+    async def run_async(self, *args: Any, **kwargs: Any) -> RunHandle[R]:
         """`run` for a running event loop (a notebook, a web server): the flow runs in a thread of its own, the loop stays free."""
+        if (here := HERE.get()) is not None:
+            handle = start_child(self, here, args, kwargs)
+            await gather_runs([handle], name=f"join:{self.name}")
+            return handle
         return await asyncio.to_thread(self._start, lambda _: None, args, kwargs)
 
-    def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]:  # type: ignore[override]
-        """Start the flow in a thread of its own and return its handle as soon as the run exists in ZenML."""
+    @overload  # type: ignore[override]
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle[R]: ...
+
+    @overload
+    def submit(self, *args: Any, id: str, **kwargs: Any) -> RunHandle[R]: ...
+
+    def submit(self, *args: Any, **kwargs: Any) -> RunHandle[R]:
+        """Start the flow in a thread of its own and return its handle as soon as the run exists in ZenML; see `run`.
+
+        Inside a flow it starts a child run, which `gather_runs` joins.
+        """
+        if (here := HERE.get()) is not None:
+            return start_child(self, here, args, kwargs)
         started: Future[UUID] = Future()
 
         def work() -> None:
@@ -99,6 +145,8 @@ class Flow(DynamicPipeline, Generic[P, R]):
 
     def _start(self, on_started: Callable[[UUID], None], args: Any, kwargs: Any) -> RunHandle[R]:
         leg.warm_up()
+        if "id" in kwargs and "id" not in inspect.signature(self.__wrapped__).parameters:
+            return self._start_once(kwargs["id"], on_started, args, {k: v for k, v in kwargs.items() if k != "id"})
         pipeline = self.copy()  # ZenML keeps a run's arguments on the pipeline object
         pipeline.prepare(*args, **kwargs)
         with leg.reporting(on_started) as report:
@@ -107,6 +155,53 @@ class Flow(DynamicPipeline, Generic[P, R]):
             raise report.error
         assert run is not None
         return resumption.go_on(RunHandle(run.id, report.summary), report)
+
+    def _start_once(self, id: str, on_started: Callable[[UUID], None], args: Any, kwargs: Any) -> RunHandle[R]:
+        if not _RUN_ID.fullmatch(id):
+            raise InvalidStepName(id, "as the id of a run it takes up to 150 letters, digits and any of `_ . : -`")
+        run, created = self.create_run(f"{self.name}-{id}", args, kwargs)
+        if not created:
+            self._same_arguments(id, run, args, kwargs)
+        on_started(run.id)
+        handle: RunHandle[R] = RunHandle(run.id)
+        if run.status in (ExecutionStatus.COMPLETED, ExecutionStatus.STOPPED, ExecutionStatus.PAUSED):
+            return handle
+        try:
+            return resumption.resume(run.id)
+        except RunIsLeased:
+            handle.wait()
+        except RunFinished:
+            pass
+        return handle
+
+    def _same_arguments(self, id: str, run: PipelineRunResponse, args: Any, kwargs: Any) -> None:
+        given = {name: canonical(value, []) for name, value in self._validate_entrypoint_args(*args, **kwargs).items()}
+        theirs = {name: canonical(value, []) for name, value in (run.config.parameters or {}).items()}
+        if other := sorted(name for name in {*given, *theirs} if to_json(given.get(name)) != to_json(theirs.get(name))):
+            raise RunIdTaken(id, str(run.id), other)
+
+    def create_run(
+        self, name: str, args: Sequence[Any], kwargs: dict[str, Any], *, parent: str | None = None
+    ) -> tuple[PipelineRunResponse, bool]:
+        """The ZenML run of this name, created if there is none, and whether it was. Nothing executes it yet.
+
+        ZenML keeps the names of runs unique, so of several who create it one does, and a crash at any moment leaves one or none.
+        """
+        if (found := named_run(name)) is not None:
+            return found, False
+        pipeline = self.copy()
+        if parent is not None:
+            tags = [*(self.configuration.tags or []), f"child-of-{parent[:8]}"]
+            pipeline = pipeline.with_options(extra={PARENT: parent}, tags=tags)
+        pipeline.prepare(*args, **kwargs)
+        snapshot = pipeline._create_snapshot(**{**pipeline._run_args, "run_name": name})
+        try:
+            run = create_placeholder_run(snapshot=snapshot)
+        except EntityExistsError:
+            found = named_run(name)
+            assert found is not None
+            return found, False
+        return run, True
 
     def _run(self) -> PipelineRunResponse | None:
         """Where every way of starting a pipeline ends up (`flow()`, `run`, a schedule)."""
@@ -186,6 +281,7 @@ def flow(
     lapse_seconds: float = 30.0,
     inline_limit: int = 256 * 1024,
     max_workers: int = 32,
+    max_children: int = 8,
     on_drift: OnDrift = "raise",
     grace: float | None = 10.0,
     allow_pickle: bool = False,

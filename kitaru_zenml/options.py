@@ -73,6 +73,7 @@ class FlowOptions:
         lapse_seconds: After how many seconds without a heartbeat another process may take the run over.
         inline_limit: Bytes of JSON up to which an outcome is stored in the step's record; a larger one is an object of its own.
         max_workers: Threads for `.submit` and `.map` of sync steps, a scope each.
+        max_children: Child runs that one process executes at once.
         on_drift: What to do when a finished step is asked again with other inputs: stop (`raise`), take the recorded outcome (`reuse`) or
             run the call anew and retire the record (`rerun`).
         grace: Seconds that the process goes on waiting for an answer, an event or child runs before the run suspends and the process may
@@ -84,13 +85,16 @@ class FlowOptions:
     lapse_seconds: float = 30.0
     inline_limit: int = 256 * 1024
     max_workers: int = 32
+    max_children: int = 8
     on_drift: OnDrift = "raise"
     grace: float | None = 10.0
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        if self.lapse_seconds <= 0 or self.max_workers < 1 or self.inline_limit < 0:
-            raise ValueError("`lapse_seconds` and `max_workers` must be positive and `inline_limit` not negative")
+        if self.lapse_seconds <= 0 or self.max_workers < 1 or self.max_children < 1 or self.inline_limit < 0:
+            raise ValueError(
+                "`lapse_seconds`, `max_workers` and `max_children` must be positive and `inline_limit` not negative"
+            )
         for name, value, allowed in (
             ("lineage", self.lineage, ("async", "sync")),
             ("on_drift", self.on_drift, ("raise", "reuse", "rerun")),

@@ -94,7 +94,8 @@ def resume(
 
 
 def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot) -> RunHandle[Any]:
-    run = _to_resuming(run)
+    never_began = snapshot.info is None and run.status in (ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING)
+    run = run if never_began else _to_resuming(run)
     _make_importable(snapshot)
     stack = run_stack(run)
     assert run.snapshot is not None

@@ -13,9 +13,9 @@ from zenml.stack import Stack
 
 from kitaru_zenml import codec
 from kitaru_zenml.artifact_store import open_store
-from kitaru_zenml.errors import AmbiguousRun, KitaruError, NoJournal, RunNotFound
-from kitaru_zenml.journal.journal import Journal, Snapshot
-from kitaru_zenml.journal.records import RunInfo
+from kitaru_zenml.errors import AmbiguousRun, KitaruError, NoJournal, RunNotFound, RunSuspended
+from kitaru_zenml.journal.journal import Journal
+from kitaru_zenml.journal.records import RunInfo, record_key
 from kitaru_zenml.options import FlowOptions
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def open_journal(run: PipelineRunResponse) -> Journal:
     return journal
 
 
-def result_of(run: PipelineRunResponse, journal: Journal, snapshot: Snapshot) -> Any:
+def result_of(run: PipelineRunResponse, journal: Journal) -> Any:
     """The flow's stored result.
 
     Raises:
@@ -100,16 +100,41 @@ def result_of(run: PipelineRunResponse, journal: Journal, snapshot: Snapshot) ->
     """
     from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 
-    root, options = snapshot.current().get("/"), flow_options(run) or FlowOptions()
-    if root is not None and root.outcome is not None:
+    info, options = journal.info(), flow_options(run) or FlowOptions()
+    root = journal.records([record_key(info.flow, "/", 0)]) if info is not None else []
+    if root and root[0].outcome is not None:
         materializers = ZenMLMaterializers(artifact_store_of(run))
         return codec.decode_value(
-            root.outcome, blob=journal.blob, materializers=materializers, allow_pickle=options.allow_pickle
+            root[0].outcome, blob=journal.blob, materializers=materializers, allow_pickle=options.allow_pickle
         )
-    close = snapshot.last_close
+    close = journal.last_close()
     if close is not None and close.failure is not None:
         raise codec.decode_failure(close.failure)
+    if close is not None and close.status == "paused":
+        raise RunSuspended(journal.run_id, [(wait.kind, wait.display) for wait in journal.open_waits()])
     raise KitaruError(f"Run {journal.run_id} has no result yet. See where it is with `kitaru show {journal.run_id}`.")
+
+
+def named_run(name: str) -> PipelineRunResponse | None:
+    """The run with exactly this name."""
+    found = Client().list_pipeline_runs(name=f"equals:{name}", size=1)
+    return Client().get_pipeline_run(found.items[0].id, allow_name_prefix_match=False) if found.items else None
+
+
+def successor_of(run: PipelineRunResponse) -> PipelineRunResponse | None:
+    """The latest fork of a run, or of its forks, that completed."""
+    store = open_store(artifact_store_of(run))
+    pending, latest = [str(run.id)], None
+    while pending:
+        for fork_id in Journal(store, pending.pop()).forks():
+            try:
+                fork = Client().get_pipeline_run(UUID(fork_id), allow_name_prefix_match=False)
+            except KeyError:
+                continue
+            pending.append(fork_id)
+            if fork.status == ExecutionStatus.COMPLETED and (latest is None or fork.created > latest.created):
+                latest = fork
+    return latest
 
 
 class RunHandle(Generic[R]):
@@ -164,10 +189,10 @@ class RunHandle(Generic[R]):
 
         Raises:
             Exception: The failure that ended the run.
+            RunSuspended: If it is suspended.
             TimeoutError: If it goes on for longer.
         """
         self.wait(timeout)
         run = self.run
-        journal = open_journal(run)
-        value: R = result_of(run, journal, journal.load())
+        value: R = result_of(run, open_journal(run))
         return value

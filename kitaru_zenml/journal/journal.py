@@ -207,6 +207,19 @@ class Journal:
             return False
         return True
 
+    def forks(self) -> list[str]:
+        """Ids of the runs that were forked from this one."""
+        folder = run_folder(self.run_id) + "forks/"
+        return [name[len(folder) :].removesuffix(".json") for name in self.store.list(folder)]
+
+    def last_close(self) -> LegClosedEvent | None:
+        """How the last leg that ended in order ended; reads the events only."""
+        for name in reversed(self.store.list(run_folder(self.run_id) + "events/")):
+            event = unseal_event(self.store.get(name), name)
+            if isinstance(event, LegClosedEvent):
+                return event
+        return None
+
     def leases(self) -> list[Lease]:
         """Every lease ever taken, oldest first: the run's legs."""
         folder = run_folder(self.run_id) + "lease/"
