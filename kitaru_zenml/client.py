@@ -57,6 +57,7 @@ class Question:
         asked_at: Since when it is open.
         deadline: When it times out, or `None`.
         refused: Why the last answer did not fit, or `None`.
+        key: Of the wait in the journal.
     """
 
     run_id: str
@@ -68,6 +69,7 @@ class Question:
     asked_at: datetime
     deadline: datetime | None
     refused: str | None = None
+    key: str = ""
 
 
 def waits(run: str | UUID | None = None) -> list[Question]:
@@ -110,7 +112,7 @@ def _questions(run: PipelineRunResponse) -> list[Question]:
     return [
         Question(
             run_id=str(run.id), flow=flow, wait=w.display, question=w.question, json_schema=w.json_schema, metadata=w.metadata,
-            asked_at=w.asked_at, deadline=w.deadline, refused=next((r.reason for r in reversed(inbox.refusals(w.key))), None),
+            asked_at=w.asked_at, deadline=w.deadline, refused=next((r.reason for r in reversed(inbox.refusals(w.key))), None), key=w.key,
         )
         for w in opened
         if inbox.answer(w.key) is None
@@ -169,6 +171,34 @@ def answer(
     if stored.value != tree:
         raise AlreadyAnswered(journal.run_id, asked.display, stored.value, stored.by, f"{stored.at:%Y-%m-%d %H:%M:%S} UTC")
     return stored
+
+
+def go_on(answer: Answer, timeout: float = 60) -> str:
+    """Continue a run whose wait was answered, unless somebody else does.
+
+    An executor that is just suspending may not have seen the answer, so this ends only when the answer was taken, or the run continued.
+
+    Args:
+        answer: As `answer` returned it.
+        timeout: Seconds to wait for an executor that does not take it.
+
+    Returns:
+        The run's status then.
+
+    Raises:
+        Exception: What ended the run, if it went on here.
+    """
+    began, run_id = time.monotonic(), answer.run_id
+    while True:
+        run = find_run(run_id)
+        journal = open_journal(run)
+        is_taken = not any(wait.key == answer.wait for wait in journal.open_waits())
+        if is_taken or run.status.is_finished or time.monotonic() - began > timeout:
+            return run.status.value
+        try:
+            return resume(run_id, wait=time.monotonic() - began > _PATIENCE).status
+        except (RunIsLeased, RunFinished):
+            time.sleep(0.3)
 
 
 def _the_wait(journal: Journal, inbox: Inbox, name: str | None) -> OpenWait:

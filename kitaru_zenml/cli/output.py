@@ -32,7 +32,7 @@ console = Console(highlight=False, soft_wrap=True, width=_width)
 STYLES = {
     "completed": "green", "finished": "green", "ok": "green", "running": "cyan", "in flight": "cyan", "resuming": "cyan", "failed": "red",
     "problem": "red", "in doubt": "red", "paused": "yellow", "dead": "yellow", "retried": "yellow", "stopped": "yellow",
-    "cut off": "yellow",
+    "waiting": "yellow", "cut off": "yellow",
 }  # fmt: skip
 SHOWN = 4000  # characters of a value on a terminal
 OUR_FRAMES = re.compile(r'  File "[^"]*[/\\](kitaru_zenml|asyncio)[/\\][^"]*", line \d+, in .*\n(?:    .*\n)*')

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kitaru_zenml.journal.journal import Journal
 
 ENDED = ("completed", "failed", "stopped", "paused", "cancelled", "cached")
+WAITING = ("wait", "timer", "event", "join")
 NOT_BEGUN = ("initializing", "provisioning", "queued")
 LOOK_EVERY = 0.7  # seconds
 BEGIN_PATIENCE = 10.0  # seconds that --watch waits for the journal of a run that is starting
@@ -36,8 +37,8 @@ def command(run: str, watch: bool, output: str) -> Any:
 
     JSON: {run, name, flow, status, created, legs: [{epoch, purpose, holder, taken_at}], executing, totals: {finished, failed, in_flight,
     kept_from_earlier_legs, tokens, cost}, steps: [{step, path, kind, status, leg, kept, attempts, generation, seconds, tokens, cost,
-    model, started_at, failure}], open: {path: [names]}, next}. A step's status is finished, failed, in flight, cut off (its process is
-    gone) or in doubt. With --watch, the JSON is that of the end.
+    model, started_at, failure}], open: {path: [names]}, next}. A step's status is finished, failed, in flight, waiting, cut off (its
+    process is gone) or in doubt. With --watch, the JSON is that of the end.
     """
     if not watch:
         view = look(run)
@@ -127,10 +128,15 @@ def _begun(found: PipelineRunResponse, journal: Journal) -> dict[str, Any]:
     for flight in beat.in_flight if beat is not None and not beat.released else ():
         if flight.path not in known and flight.path not in doubtful:
             cut = status not in ("running", "resuming")
-            steps.append(_open(flight.display, flight.path, flight.kind, "cut off" if cut else "in flight", flight.started_at))
+            state = "cut off" if cut else "waiting" if flight.kind in WAITING else "in flight"
+            steps.append(_open(flight.display, flight.path, flight.kind, state, flight.started_at))
+    if status not in ("running", "resuming", "completed", "stopped"):
+        steps = [step for step in steps if step["status"] != "cut off" or step["kind"] not in WAITING]
+        steps += [_open(w.display, w.scope.path, w.kind, "waiting", w.asked_at) for w in snapshot.open_waits()]
     steps += [_open(m.display, path, m.scope.kind, "in doubt", m.started_at) for path, m in doubtful.items()]
     known = {step["path"] for step in steps}
-    opened = {s.path: r.scopes[: i + 1] for r in snapshot.records.values() for i, s in enumerate(r.scopes)}
+    begun = (*snapshot.records.values(), *snapshot.open_waits())
+    opened = {s.path: inner.scopes[: i + 1] for inner in begun for i, s in enumerate(inner.scopes)}
     return {
         "run": str(found.id),
         "name": found.name,
@@ -191,6 +197,8 @@ def _next(run_id: str, status: str, steps: list[dict[str, Any]]) -> str:
     doubtful = next((s for s in steps if s["status"] == "in doubt"), None)
     if doubtful is not None:
         return f"kitaru settle {run_id} '{doubtful['step']}' --value JSON|--retry"
+    if any(s["status"] == "waiting" and s["kind"] == "wait" for s in steps):
+        return f"kitaru waits {run_id}"
     if status in ("failed", "dead", "paused"):
         return f"kitaru resume {run_id}"
     return f"kitaru show {run_id} --watch" if status not in ENDED else f"kitaru verify {run_id}"
@@ -198,7 +206,7 @@ def _next(run_id: str, status: str, steps: list[dict[str, Any]]) -> str:
 
 # --- how it looks --------------------------------------------------------------------------------------------------------
 
-MARKS = {"finished": "✓", "failed": "✗", "in flight": "●", "cut off": "○", "in doubt": "?"}
+MARKS = {"waiting": "◔", "finished": "✓", "failed": "✗", "in flight": "●", "cut off": "○", "in doubt": "?"}
 FOLD_FROM = 12  # finished siblings of one name
 
 
@@ -262,7 +270,7 @@ class _Growing:
 
     def _below(self, path: str) -> None:
         steps = sorted(self._children.pop(path, ()), key=lambda s: s["started_at"])
-        folded = self._folded(steps) if self._fold else {}
+        folded = self._folded(steps if self._fold else [s for s in steps if s["kind"] == "event"])
         for name, count in folded.items():
             self._node(path).add(Text.assemble(("✓ ", "green"), name, (f"  {count} finished", "dim")))
         for step in steps:
@@ -314,8 +322,10 @@ def _parent(path: str) -> str:
 def _line(step: dict[str, Any]) -> Text:
     if step["seconds"] is not None:
         facts = [seconds(step["seconds"])]
-    elif step["status"] == "in flight":
-        facts = [f"for {seconds((datetime.now(UTC) - step['started_at']).total_seconds())}"]
+    elif step["status"] in ("in flight", "waiting"):
+        facts = [
+            f"{'waits ' if step['status'] == 'waiting' else ''}for {seconds((datetime.now(UTC) - step['started_at']).total_seconds())}"
+        ]
     else:
         facts = [f"{step['status']}, began {ago(step['started_at'])}"]
     if step["attempts"] > 1:

@@ -68,6 +68,12 @@ class Snapshot:
         }
         return frozenset(path for path, retired in last.items() if retired)
 
+    def open_waits(self) -> list[OpenWait]:
+        """What the run waits for, the oldest first: stored waits that are of the open generation and have no record."""
+        current, opened = self.current(), self.generations
+        found = [w for w in self.waits.values() if w.scope.path not in current and w.generation == opened.get(w.scope.path, 0)]
+        return sorted(found, key=lambda wait: (wait.asked_at, wait.display))
+
     @property
     def last_close(self) -> LegClosedEvent | None:
         """How the last leg that ended in order ended."""
