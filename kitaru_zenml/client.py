@@ -99,11 +99,12 @@ def _asking_runs() -> list[PipelineRunResponse]:
         if page >= found.total_pages:
             break
         page += 1
-    runs = (Client().get_pipeline_run(id, allow_name_prefix_match=False) for id in ids)
-    return [run for run in runs if not run.status.is_finished]
+    return [Client().get_pipeline_run(id, allow_name_prefix_match=False) for id in ids]
 
 
 def _questions(run: PipelineRunResponse) -> list[Question]:
+    if run.status.is_finished and run.status != ExecutionStatus.FAILED:
+        return []
     journal = open_journal(run)
     opened = [w for w in journal.open_waits() if w.kind == "wait"]
     inbox = Inbox(journal)
@@ -142,12 +143,15 @@ def answer(
         NoSuchWait: If no open wait has this name, or several are open and none is named.
         InvalidAnswer: If the value does not fit the wait's schema; the wait stays open.
         AlreadyAnswered: If it has another answer; an equal one is accepted.
+        RunFinished: If the run has ended.
     """
     found = find_run(run)
     journal = open_journal(found)
     inbox = Inbox(journal)
     inbox.refresh()
     asked = _the_wait(journal, inbox, wait)
+    if found.status.is_finished and found.status != ExecutionStatus.FAILED and inbox.answer(asked.key) is None:
+        raise RunFinished(journal.run_id, found.status.value)
     tree = _json_of(value)
     _validate(journal.run_id, asked, tree)
     number = len(inbox.refusals(asked.key))
@@ -162,10 +166,10 @@ def answer(
         at=datetime.now(UTC),
     )
     in_zenml = conditions.pending(found.id)
-    if in_zenml is not None and conditions.answer_number(asked, in_zenml.name) == number:
+    if in_zenml is not None and conditions.answer_number(asked, in_zenml.name) is not None:
         resolved = conditions.resolve(in_zenml, tree)
         if resolved.result != tree or resolved.resolution != "continue":  # somebody was faster there
-            conditions.adopt(resolved, asked, journal)
+            conditions.adopt(resolved, asked, journal, inbox)
     stored = put_answer(journal, given)
     leave_hint(journal.store, journal.run_id, datetime.now(UTC))
     if stored.value != tree:

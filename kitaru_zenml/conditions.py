@@ -92,7 +92,7 @@ def post_next(
             continue
         if condition.status == RunWaitConditionStatus.PENDING:
             return condition
-        adopt(condition, wait, journal)
+        adopt(condition, wait, journal, inbox)
         inbox.refresh()
     return None
 
@@ -111,7 +111,7 @@ def _request(run: PipelineRunResponse, wait: OpenWait, refusals: Sequence[Refuse
     )  # fmt: skip
 
 
-def adopt(condition: RunWaitConditionResponse, wait: OpenWait, journal: Journal) -> None:
+def adopt(condition: RunWaitConditionResponse, wait: OpenWait, journal: Journal, inbox: Inbox) -> None:
     """Take over into the journal what a resolved condition holds: the answer, or that the run was aborted."""
     number = answer_number(wait, condition.name)
     if number is None:
@@ -122,6 +122,10 @@ def adopt(condition: RunWaitConditionResponse, wait: OpenWait, journal: Journal)
         reason = f"`{wait.display}` was aborted"
         put_cancel(journal, CancelRequest(nonce=new_nonce(), run_id=journal.run_id, reason=reason, by=by, at=at))
         return
+    # A condition may still have asked when an answer that came past ZenML had been refused: this is the next one then.
+    refused = inbox.answer(wait.key, number) if number < len(inbox.refusals(wait.key)) else None
+    if refused is not None and refused.value != condition.result:
+        number = len(inbox.refusals(wait.key))
     put_answer(
         journal,
         Answer(
@@ -139,22 +143,18 @@ def adopt(condition: RunWaitConditionResponse, wait: OpenWait, journal: Journal)
 
 def adopt_resolved(run: PipelineRunResponse, journal: Journal, waits: Sequence[OpenWait], inbox: Inbox) -> bool:
     """Take over what ZenML holds for open waits that the journal has no answer for; whether there was something."""
-    by_name = {
-        condition_name(w, len(inbox.refusals(w.key))): w for w in waits if w.kind == "wait" and inbox.answer(w.key) is None
-    }
+    asked = [w for w in waits if w.kind == "wait" and inbox.answer(w.key) is None]
+    by_name = {condition_name(w, number): w for w in asked for number in range(1 + len(inbox.refusals(w.key)))}
     if not by_name:
         return False
-    found = False
     conditions = Client().list_run_wait_conditions(
         pipeline_run=str(run.id), status=RunWaitConditionStatus.RESOLVED.value, sort_by="desc:updated", size=100, hydrate=True
     )
     for condition in conditions.items:
         if condition.name in by_name:
-            adopt(condition, by_name[condition.name], journal)
-            found = True
-    if found:
-        inbox.refresh()
-    return found
+            adopt(condition, by_name[condition.name], journal, inbox)
+    inbox.refresh()
+    return inbox.cancel is not None or any(inbox.answer(w.key) is not None for w in asked)
 
 
 def _user_name(user: UUID | None) -> str:
@@ -236,7 +236,9 @@ class Conditions:
         waits = list(self._waits())
         if not any(w.kind == "wait" for w in waits):
             return False
-        self._posted = self._posted or post_next(self._run, self._inbox.journal, waits, self._inbox)
+        if self._posted is None:
+            adopt_resolved(self._run, self._inbox.journal, waits, self._inbox)
+            self._posted = post_next(self._run, self._inbox.journal, waits, self._inbox)
         if self._posted is None:
             return True  # all are answered
         status = self._lease(RunWaitConditionLeaseMode.FINALIZE)
@@ -260,6 +262,7 @@ class Conditions:
         """Bring ZenML and the journal to agree; whether there may be more to do at once."""
         waits, journal = list(self._waits()), self._inbox.journal
         if self._posted is None:
+            adopt_resolved(self._run, journal, waits, self._inbox)
             self._posted = post_next(self._run, journal, waits, self._inbox)
             if self._posted is not None:
                 self._lease(RunWaitConditionLeaseMode.REFRESH)
@@ -275,7 +278,7 @@ class Conditions:
             return False
         if wait is None:  # its branch is gone
             return False
-        adopt(Client().zen_store.get_run_wait_condition(self._posted.id), wait, journal)
+        adopt(Client().zen_store.get_run_wait_condition(self._posted.id), wait, journal, self._inbox)
         self._posted = None
         self._inbox.refresh()
         self._look()

@@ -135,8 +135,8 @@ def _begun(found: PipelineRunResponse, journal: Journal) -> dict[str, Any]:
         steps += [_open(w.display, w.scope.path, w.kind, "waiting", w.asked_at) for w in snapshot.open_waits()]
     steps += [_open(m.display, path, m.scope.kind, "in doubt", m.started_at) for path, m in doubtful.items()]
     known = {step["path"] for step in steps}
-    begun = (*snapshot.records.values(), *snapshot.open_waits())
-    opened = {s.path: inner.scopes[: i + 1] for inner in begun for i, s in enumerate(inner.scopes)}
+    chains = [*(r.scopes for r in snapshot.records.values()), *(w.scopes for w in snapshot.open_waits())]
+    opened = {scope.path: chain[: i + 1] for chain in chains for i, scope in enumerate(chain)}
     return {
         "run": str(found.id),
         "name": found.name,

@@ -76,12 +76,13 @@ class Inbox:
 
     # --- answers ---
 
-    def answer(self, wait: str) -> Answer | None:
-        """The answer to a wait that counts: the first that was not refused."""
+    def answer(self, wait: str, number: int | None = None) -> Answer | None:
+        """The answer to a wait that counts, the first that was not refused; or the one of a number."""
         with self._lock:
-            number = 0
-            while (wait, number) in self._refused:
-                number += 1
+            if number is None:
+                number = 0
+                while (wait, number) in self._refused:
+                    number += 1
             return self._answers.get((wait, number))
 
     def note_refusal(self, refusal: RefusedAnswer) -> None:
