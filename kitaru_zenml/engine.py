@@ -693,6 +693,8 @@ class Engine:
     def _recorded(self, key: str, display: str, record: StepRecord) -> Steps:
         if self.execution.on_progress:
             self.execution.on_progress("failed" if record.failure else "finished", display, record.usage)
+        if not record.is_shown:
+            return
         if self.execution.options.lineage == "sync":
             yield Perform(lambda: self.execution.register_now(key))
         else:

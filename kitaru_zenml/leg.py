@@ -238,7 +238,8 @@ def _run_leg(
         recorder.watch(lambda: execution.engine.activity)
         recorder.start()
         if snapshot.records:
-            recorder.reconcile_later(sorted(snapshot.records, key=lambda k: snapshot.records[k].number))
+            in_order = sorted(snapshot.records.items(), key=lambda item: item[1].number)
+            recorder.reconcile_later([key for key, record in in_order if record.is_shown])
         if report is not None:
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered

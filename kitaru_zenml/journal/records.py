@@ -187,6 +187,11 @@ class StepRecord(Stored):
         return display_path((*self.scopes, self.scope))
 
     @property
+    def is_shown(self) -> bool:
+        """Whether ZenML shows it as a step run: not the flow itself, nor an event that the flow took, of which there may be very many."""
+        return self.path != "/" and self.kind != "event"
+
+    @property
     def object_key(self) -> str:
         """The `<key>` of this record's objects."""
         return record_key(self.name, self.path, self.generation)

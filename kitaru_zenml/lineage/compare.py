@@ -37,7 +37,7 @@ def compare(records: Mapping[str, StepRecord], step_runs: Iterable[StepRunRespon
 
     differences: list[str] = []
     for key, record in sorted(records.items(), key=lambda item: item[1].number):
-        if record.path == "/":
+        if not record.is_shown:
             continue
         if record.step_run is not None:
             if natives.pop(record.step_run, None) is None:

@@ -117,7 +117,7 @@ class Registration:
                 found.append(Pending(key, unseal(StepRecord, data, name), sealed_hash(data)))
             except CorruptRecord as error:
                 lost.append((key, error))
-        return [p for p in found if p.record.path != "/"], lost
+        return [p for p in found if p.record.is_shown], lost
 
     def survey(self, keys: Sequence[str]) -> tuple[list[str], set[str]]:
         """Learn what of the run is in ZenML already.
