@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kitaru_zenml import checkpoint, current_step, flow
+from kitaru_zenml import checkpoint, current_step, event, flow, gather_runs, sleep, wait
 
 
 def effect(what: str) -> list[Any]:
@@ -134,3 +134,47 @@ def told_failure(error: BaseException | None) -> None:
 @flow(lapse_seconds=2, on_failure=told_failure)
 def stoppable(steps: int = 12) -> list[Any]:
     return [call(f"step {i}") for i in range(steps)]
+
+
+# --- flows that suspend --------------------------------------------------------------------------------------------------
+
+
+@checkpoint
+async def asks_inside(what: str) -> list[Any]:
+    first = await call_async(f"{what} inside")
+    return [first, await wait("inner", schema=str, question=f"inner {what}")]
+
+
+@flow(grace=0)
+async def waiting() -> list[Any]:
+    async def branch(i: int) -> list[Any]:
+        first = await call_async(f"before {i}")
+        answer = await wait("approve", schema=str, question=f"branch {i}")
+        return [first, answer, await call_async(f"after {i} {answer}")]
+
+    results = await asyncio.gather(branch(0), branch(1), asks_inside("nested"))
+    await sleep(0.2)
+    order = await event("orders").next()
+    return [results, order, await call_async(f"last {order}")]
+
+
+@flow(grace=0)
+def childing(i: int) -> list[Any]:
+    return call(f"child {i}")
+
+
+@flow(grace=0)
+def parenting() -> list[Any]:
+    handles = [childing.submit(i) for i in range(2)]
+    return [call("meanwhile"), gather_runs(handles), call("joined")]
+
+
+def undo(reason: str) -> list[Any]:
+    return effect(f"undo {reason}")
+
+
+@flow(grace=0, on_cancel=undo)
+def undoable() -> list[Any]:
+    first = call("before")
+    wait("approve", schema=str)
+    return [first, call("after")]

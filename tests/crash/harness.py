@@ -132,7 +132,9 @@ class Case:
 
     def _run_ids(self) -> list[str]:
         names = self.store.list("kitaru/")
-        return list({name.split("/")[1] for name in names if name.split("/")[1] not in ("artifacts", "_probe")})
+        return list(
+            {name.split("/")[1] for name in names if name.split("/")[1] != "artifacts" and not name.startswith("kitaru/_")}
+        )
 
     def start(self, do: str, **order: Any) -> Leg:
         """Start a leg."""
@@ -150,10 +152,18 @@ class Case:
 
     @property
     def run(self) -> str | None:
-        """The run's id: that of the journal that is new in the store."""
-        found = [run for run in self._run_ids() if run not in self.known]
+        """The run's id: that of the journal that is new in the store, and no child's."""
+        found = []
+        for run in self.new_runs():
+            info = Journal(self.store, run).info()
+            if info is None or info.parent is None:
+                found.append(run)
         assert len(found) < 2, found
         return found[0] if found else None
+
+    def new_runs(self) -> set[str]:
+        """Every run whose journal is new in the store."""
+        return set(self._run_ids()) - self.known
 
     def recorded(self) -> set[str]:
         """Paths that have a record now."""

@@ -13,7 +13,12 @@ from typing import Any
 from kitaru_zenml.journal.local import LocalStore
 from kitaru_zenml.journal.store import Store
 
-BACKGROUND = ("kitaru-lease", "kitaru-recorder")  # their operations come when they come: not part of the count
+BACKGROUND = (
+    "kitaru-lease",
+    "kitaru-recorder",
+    "kitaru-conditions",
+    "kitaru-child",
+)  # their operations come when they come: not part of the count
 WHEN = ("before", "middle", "after")
 
 

@@ -20,6 +20,7 @@ def main() -> None:
     import zenml.pipelines
     import zenml.zen_stores.sql_zen_store  # noqa: F401
 
+    import kitaru_zenml.client
     import kitaru_zenml.flows
     import kitaru_zenml.resumption  # noqa: F401
     from tests.crash import flows  # noqa: F401
@@ -61,8 +62,8 @@ def leg(order: dict[str, Any]) -> None:
 
 def perform(order: dict[str, Any]) -> dict[str, Any]:
     """Run or resume a flow, and look at what came of it."""
+    from kitaru_zenml import client, resumption, runs
     from kitaru_zenml import leg as legs
-    from kitaru_zenml import resumption, runs
     from tests.crash import flows
     from tests.crash.killing import KillingStore
 
@@ -79,6 +80,7 @@ def perform(order: dict[str, Any]) -> dict[str, Any]:
                 )
             return killing[0]
 
+        runs.open_store = open_store  # type: ignore[assignment]
         legs.open_store = open_store  # type: ignore[assignment]
         resumption.open_store = open_store  # type: ignore[assignment]
     if order["do"] == "run":
@@ -88,6 +90,14 @@ def perform(order: dict[str, Any]) -> dict[str, Any]:
     elif order["do"] == "settle":
         resumption.settle(order["run"], order["step"], value=order.get("value"), retry=order.get("retry", False))
         return {"settled": True}
+    elif order["do"] == "answer":
+        given = client.answer(order["run"], order["value"], wait=order["wait"], by=order.get("by"))
+        return {"value": given.value, "by": given.by}
+    elif order["do"] == "send":
+        client.send_event(order["run"], order["event"], order["payload"], idempotency_key=order["key"])
+        return {"sent": True}
+    elif order["do"] == "cancel":
+        return {"status": client.cancel(order["run"], order.get("reason", ""))}
     else:
         handle = runs.RunHandle(order["run"])
     return inspect(handle)
@@ -110,7 +120,7 @@ def inspect(handle: Any) -> dict[str, Any]:
     return {
         "run": handle.id,
         "status": run.status.value,
-        "result": handle.result(),
+        "result": handle.result() if run.status.value == "completed" else None,
         "leg": None if handle.leg is None else {"replayed": handle.leg.replayed, "ran": handle.leg.ran},
         "problems": verify(journal, noted.get("root")).problems,
         "differences": compare(records, steps),
