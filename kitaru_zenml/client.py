@@ -40,6 +40,7 @@ from kitaru_zenml.runs import find_run, open_journal
 from kitaru_zenml.waits import describe
 
 _READERS = 8  # runs that are read at once
+_LAUNCH_PATIENCE = 120.0  # seconds in which a server brings a workload up
 _PATIENCE = 5.0  # seconds in which a live executor notices that it is to stop
 
 
@@ -197,12 +198,19 @@ def go_on(answer: Answer, timeout: float = 60) -> str:
         run = find_run(run_id)
         journal = open_journal(run)
         is_taken = not any(wait.key == answer.wait for wait in journal.open_waits())
-        if is_taken or run.status.is_finished or time.monotonic() - began > timeout:
+        if is_taken or run.status.is_finished or being_launched(run) or time.monotonic() - began > timeout:
             return run.status.value
         try:
             return resume(run_id, wait=time.monotonic() - began > _PATIENCE).status
         except (RunIsLeased, RunFinished):
             time.sleep(0.3)
+
+
+def being_launched(run: PipelineRunResponse) -> bool:
+    """Whether a ZenML server that can launch workloads has just taken it on itself to continue a run: ours must not double it."""
+    if run.status != ExecutionStatus.RESUMING:
+        return False
+    return (datetime.now(UTC) - run.updated.replace(tzinfo=UTC)).total_seconds() < _LAUNCH_PATIENCE
 
 
 def _the_wait(journal: Journal, inbox: Inbox, name: str | None) -> OpenWait:

@@ -160,9 +160,10 @@ def adopt_resolved(run: PipelineRunResponse, journal: Journal, waits: Sequence[O
 def _user_name(user: UUID | None) -> str:
     if user is None:
         return ""
+    me = Client().active_user
     try:
-        return Client().get_user(user).name
-    except KeyError:
+        return me.name if user == me.id else Client().get_user(user).name
+    except (KeyError, IllegalOperationError):  # deleted, or only an administrator may look
         return str(user)
 
 

@@ -12,7 +12,6 @@ import copy
 import hashlib
 import inspect
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ from kitaru_zenml.lineage.failure import FailureReport, build_report, register_f
 from kitaru_zenml.lineage.materializer import ZenMLMaterializers
 from kitaru_zenml.lineage.recorder import Recorder
 from kitaru_zenml.options import OnDrift
-from kitaru_zenml.runs import PARENT, artifact_store_of
+from kitaru_zenml.runs import PARENT, artifact_store_of, ensure_source_root
 
 if TYPE_CHECKING:
     from kitaru_zenml.flows import Flow
@@ -97,19 +96,11 @@ def warm_up() -> None:
         return
     with _first_use:
         if not _is_warm:
-            _ensure_source_root()
+            ensure_source_root()
             integration_registry.activate_integrations()
             stack = Client().active_stack
             stack.artifact_store.path  # noqa: B018  (loads the flavor)
             _is_warm = True
-
-
-def _ensure_source_root() -> None:
-    """Let ZenML import by the working folder where there is no main file to go by (`python -c`, a test process)."""
-    try:
-        source_utils.get_source_root()
-    except RuntimeError:
-        source_utils.set_custom_source_root(os.getcwd())
 
 
 # --- ZenML's runner, made by us where it runs in this process -------------------------------------------------------------

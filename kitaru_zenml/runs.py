@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
@@ -10,6 +11,7 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus
 from zenml.models import PipelineRunResponse
 from zenml.stack import Stack
+from zenml.utils import source_utils
 
 from kitaru_zenml import codec
 from kitaru_zenml.artifact_store import open_store
@@ -64,7 +66,16 @@ def run_stack(run: PipelineRunResponse) -> Stack:
     model = run.snapshot.stack if run.snapshot else None
     if model is None:
         raise KitaruError(f"The stack of run {run.id} was deleted; register it again to reach the run's journal.")
+    ensure_source_root()
     return Stack.from_model(model)
+
+
+def ensure_source_root() -> None:
+    """Let ZenML import by the working folder where there is no main file to go by (`python -c`, a test process)."""
+    try:
+        source_utils.get_source_root()
+    except RuntimeError:
+        source_utils.set_custom_source_root(os.getcwd())
 
 
 def artifact_store_of(run: PipelineRunResponse) -> BaseArtifactStore:
