@@ -29,6 +29,8 @@ _HOMES = {
     "RunHandle": "runs",
     "resume": "resumption",
     "settle": "resumption",
+    "replay": "forks",
+    "delete": "deletion",
     "KitaruError": "errors",
     "InputsDrifted": "errors",
     "LeaseLost": "errors",
@@ -65,6 +67,8 @@ __all__ = [  # spelt out, because type checkers read only that
     "RunHandle",
     "resume",
     "settle",
+    "replay",
+    "delete",
     "KitaruError",
     "InputsDrifted",
     "LeaseLost",
@@ -85,6 +89,7 @@ __all__ = [  # spelt out, because type checkers read only that
 if TYPE_CHECKING:
     from kitaru_zenml.checkpoints import Checkpoint, checkpoint, current_step
     from kitaru_zenml.children import gather_runs
+    from kitaru_zenml.deletion import delete
     from kitaru_zenml.errors import (
         AlreadyAnswered,
         ChildRunFailed,
@@ -104,6 +109,7 @@ if TYPE_CHECKING:
     )
     from kitaru_zenml.events import event
     from kitaru_zenml.flows import Flow, flow
+    from kitaru_zenml.forks import replay
     from kitaru_zenml.futures import StepFuture, as_completed
     from kitaru_zenml.recorded import now, random, uuid4
     from kitaru_zenml.resumption import resume, settle

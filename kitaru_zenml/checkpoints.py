@@ -132,7 +132,7 @@ class Checkpoint(Generic[P, R]):
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         inputs = digest_inputs(bound.arguments, self.options.ignore)
-        return Call(self.name, inputs, self.options, returns=self._return_type())
+        return Call(self.name, inputs, self.options, returns=self.returns)
 
     def _body(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], Any]:
         if not self.options.isolated:
@@ -187,7 +187,9 @@ class Checkpoint(Generic[P, R]):
             future.set_exception(error)
         return future
 
-    def _return_type(self) -> Any:
+    @property
+    def returns(self) -> Any:
+        """The declared type of the step's value, `Any` if it has none."""
         if self._returns is None:
             try:
                 self._returns = inspect.get_annotations(self.__wrapped__, eval_str=True).get("return", Any)

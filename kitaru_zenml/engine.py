@@ -8,6 +8,9 @@ sync and a thin async driver (`drivers`) share one implementation. A call is res
    other live branches get their turn first. Then equal inputs: it takes that one. Other inputs: `InputsDrifted`.
 3. Else it is new, and runs.
 
+In a fork, what it reuses of another run answers calls by the same rule, but is never held against one: other inputs than a reused
+record's simply mean a new call. Only a step that a person overrode answers the call at its turn whatever the inputs.
+
 Outcomes get the next number before they are stored and reach the code in that order, live and on replay, one at a time. All state is
 behind one lock of this run; nothing is shared between runs.
 """
@@ -22,7 +25,7 @@ import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kitaru_zenml import codec
 from kitaru_zenml.delivery import Delivery, Rank
@@ -117,6 +120,11 @@ class Engine:
         self._storing = 0
         self._activity = 0
         self.delivery = Delivery()
+        self.reused = snapshot.reused  # shared with lineage: what is stored anew is reused no more
+        self._given = {*snapshot.reused, *snapshot.overridden}  # keys of what the fork began with
+        self._overridden = set(snapshot.overridden)
+        self._given_inside: dict[str, list[_Given]] = {}  # by the path of each scope around, and by its own
+        self._taken: set[str] = set()
         self._load(snapshot)
 
     # --- what the journal knows ---
@@ -124,8 +132,19 @@ class Engine:
     def _load(self, snapshot: Snapshot) -> None:
         current, opened = snapshot.current(), snapshot.generations
         current.pop("/", None)
+        own: set[str] = set()  # paths that this run itself has come to
         for key, record in snapshot.records.items():
-            self.references.learn(key, record.outcome_digest, record.known)
+            around_and_it = {record.path, *(scope.path for scope in record.scopes)}
+            if key not in self._given:
+                self.references.learn(key, record.outcome_digest, record.known)
+                own |= around_and_it
+                continue
+            for path in around_and_it:
+                given = _Given(record.number, record.path, key, record.outcome_digest)
+                self._given_inside.setdefault(path, []).append(given)
+        begun: list[StartedMarker | OpenWait] = [*snapshot.markers.values(), *snapshot.waits.values()]
+        for one in begun:
+            own |= {one.scope.path, *(scope.path for scope in one.scopes)}
         known: dict[str, Known] = {}
         inside: dict[str, tuple[Scope, ...]] = {}
         for record in snapshot.records.values():
@@ -156,6 +175,7 @@ class Engine:
             known[record.path] = Known(record.scope, record.object_key, record.number, record, generation=record.generation)
             inside[record.path] = record.scopes
         for path, entry in known.items():
+            entry.reused = bool(self._given) and path not in own
             around = [current[scope.path] for scope in inside[path] if scope.path in current]
             if path == "/" or any(record.failure is None for record in around):
                 continue  # what a finished step did inside is not asked again
@@ -181,9 +201,13 @@ class Engine:
         return self._activity
 
     def unclaimed(self) -> list[Known]:
-        """Finished steps that the code has not asked for."""
+        """Finished steps that the code has not asked for. A fork reuses what is asked for, so the rest of that is no news."""
         with self.lock:
-            return [known for known in self.claims if known.record is not None and not known.dormant]
+            return [
+                known
+                for known in self.claims
+                if known.record is not None and not known.dormant and (not known.reused or known.key in self._overridden)
+            ]
 
     def in_flight(self) -> tuple[InFlight, ...]:
         """The steps whose bodies are executing now, and the calls that wait."""
@@ -272,6 +296,8 @@ class Engine:
                 raise self.halt(StepInDoubt(self.run_id, known.marker.display, known.marker.started_at))
             if record is not None:
                 self.replayed += 1
+                if record.object_key in self._given:
+                    yield from self._take_given(record)
                 if self.execution.on_progress:
                     self.execution.on_progress("replayed", display_path((*here.scopes, scope)))
                 value, error = yield from self._decode(record)
@@ -359,6 +385,14 @@ class Engine:
                     equal = [k for k in self.claims.of(mine.group) if _equal_but_for(call.options.ignore, call, k)]
                     if equal and (own in equal or equal[0] in suspicious):
                         return self._claim(equal[0], here), equal[0].scope
+                if self._given and not equal:
+                    overridden = next((known for known in suspicious if known.key in self._overridden), None)
+                    if overridden is not None:
+                        return self._claim(overridden, here), overridden.scope
+                    replaced = next((known for known in suspicious if known.reused), None)
+                    suspicious = [known for known in suspicious if not known.reused]
+                    if not suspicious:
+                        return self._instead_of(replaced, mine, here)
                 if not equal and not suspicious:
                     return None, self._new(mine, here)
                 alone = self._alone(here)
@@ -395,12 +429,45 @@ class Engine:
             path = f"{here.path}/{name}[{key}]"
         return Scope(path=path, name=name, ordinal=0, digest=digest, turn=turn, key=key, kind=call.kind)
 
-    def _new(self, mine: Scope, here: Here) -> Scope:
+    def _new(self, mine: Scope, here: Here, ordinal: int | None = None) -> Scope:
         counts = self._scope(here.scopes)
-        ordinal = counts.lowest_free(("ordinal", mine.name)) if mine.key is None else 0
+        if ordinal is None:
+            ordinal = counts.lowest_free(("ordinal", mine.name)) if mine.key is None else 0
         equal = counts.lowest_free(("equal", mine.name, mine.key, mine.digest))
         self._moved()
         return mine.model_copy(update={"ordinal": ordinal, "equal": equal})
+
+    def _instead_of(self, replaced: Known | None, mine: Scope, here: Here) -> tuple[Known | None, Scope]:
+        """A new call of a fork, at the turn of what it would have reused with the same inputs: that gives it its number for people."""
+        if replaced is None:
+            if any(given.path == mine.path for given in self._given_inside.get(mine.path, ())):
+                mine = mine.model_copy(
+                    update={"path": f"{mine.path}'"}
+                )  # an equal call of another branch has taken that record
+            return None, self._new(mine, here)
+        for given in self._given_inside.get(replaced.scope.path, ()):
+            self.delivery.forget((given.number, given.path))  # most likely nobody asks for it now
+        scope = self._new(mine, here, replaced.scope.ordinal)
+        if scope.path != replaced.scope.path:
+            return None, scope
+        self.claims.remove(scope.path)  # a keyed step: it runs under the same path and key, and its record stands from then on
+        return Known(scope, generation=replaced.generation), scope
+
+    def _take_given(self, record: StepRecord) -> Steps:
+        """A reused or overridden record answers a call: cover it and what happened inside, and let lineage know."""
+        with self.lock:
+            given = sorted(g for g in self._given_inside.get(record.path, ()) if g.key in self._given - self._taken)
+            for one in given:
+                self._taken.add(one.key)
+                if one.key in self.reused:
+                    self.covers[one.key] = self.reused[one.key].sha256
+                # Where its inputs lie is not remembered: what they refer to is to be looked up in the run that holds them.
+                self.references.learn(one.key, one.outcome_digest, {})
+        if self.execution.options.lineage == "sync":
+            yield Perform(lambda: self.execution.register_now(*(one.key for one in given)))
+            return
+        for one in given:
+            self.execution.register(one.key)
 
     def _claim(self, known: Known, here: Here) -> Known:
         self.claims.remove(known.scope.path)
@@ -472,10 +539,11 @@ class Engine:
         with self.lock:
             if options.at_most_once:
                 self._at_most_once.add(scope.path)
+            began = self._next_number
             self._executing[scope.path] = InFlight(path=scope.path, display=display, kind=call.kind, started_at=_now())
         if self.execution.on_progress:
             self.execution.on_progress("running", display)
-        outcome = _Outcome()
+        outcome = _Outcome(began=began)
         try:
             while True:
                 started = _now()
@@ -483,7 +551,7 @@ class Engine:
                     scope.name, scope.path, idempotency_key, len(attempts) + 1, self.run_id, dict(options.metadata)
                 )
                 body_here = Here(self.execution, Branch(enclosing=here.branch), chain, step)
-                outcome = _Outcome(started, step)
+                outcome = _Outcome(started, step, began=began)
                 try:
                     outcome.value = yield RunBody(body_here, options.timeout)
                 except Exception as error:
@@ -526,11 +594,13 @@ class Engine:
             nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, kind=waiting.kind, scope=scope, scopes=here.scopes,
             generation=generation, asked_at=_now(), **waiting.details(_now()),
         )  # fmt: skip
+        with self.lock:
+            began = self._next_number
         arrival = waiting.arrived(wait, execution) if waiting.kind == "event" else None  # of many, most are there already
         if arrival is None:
             wait, arrival = yield from self._wait_for(waiting, wait, caller)
         step = CurrentStep(scope.name, scope.path, "", 1, self.run_id, dict(arrival.metadata))
-        outcome = _Outcome(wait.asked_at, step, arrival.value, error=arrival.error)
+        outcome = _Outcome(wait.asked_at, step, arrival.value, error=arrival.error, began=began)
         if arrival.error is not None:
             outcome.failure = codec.encode_failure(arrival.error)
         else:
@@ -651,8 +721,8 @@ class Engine:
                 value = JsonValue(data=splice[0])
             record = StepRecord(
                 nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, path=scope.path, name=scope.name, ordinal=scope.ordinal,
-                key=scope.key, equal=scope.equal, kind=call.kind, generation=generation, number=number, digest=scope.digest,
-                turn=scope.turn, scopes=here.scopes, arguments=call.inputs.arguments, inputs=inputs, known=known,
+                key=scope.key, equal=scope.equal, kind=call.kind, generation=generation, number=number, began=outcome.began,
+                digest=scope.digest, turn=scope.turn, scopes=here.scopes, arguments=call.inputs.arguments, inputs=inputs, known=known,
                 opaque=call.inputs.opaque, outcome=value,
                 outcome_digest=_outcome_digest(encoded), failure=failure, attempts=tuple(attempts),
                 after=(here.branch.last,) if here.branch.last else (), idempotency_key=idempotency_key,
@@ -680,6 +750,8 @@ class Engine:
         with self.lock:
             self.covers[key] = sealed_hash(data)
             self.references.learn(key, record.outcome_digest, record.known)
+            if self.reused.pop(key, None) is not None:
+                self._given.discard(key)
             self.ran += 1
             if here.scopes:
                 entry = Known(scope, key, record.number, generation=record.generation)
@@ -742,6 +814,16 @@ class _Outcome:
     encoded: codec.Encoded | None = None
     error: BaseException | None = None
     failure: Failure | None = None
+    began: int = -1
+
+
+class _Given(NamedTuple):
+    """A record that a fork began with."""
+
+    number: int
+    path: str
+    key: str
+    outcome_digest: str | None
 
 
 def _until(deadline: datetime | None, at_most: float) -> float:

@@ -70,6 +70,59 @@ class RunFinished(KitaruError):
         self.run_id, self.status = run_id, status
 
 
+# --- forks and deletion --------------------------------------------------------------------------------------------------
+
+
+class InvalidOverride(KitaruError):
+    """An override that does not fit what the step returns. Nothing was created."""
+
+    def __init__(self, run_id: str, step: str, type_name: str, reason: str) -> None:
+        super().__init__(
+            f"The override of step `{step}` of run {run_id} does not fit its type `{type_name}`: {reason} Nothing was created. "
+            f"See what the step returned with `kitaru step {run_id} '{step}'`."
+        )
+        self.run_id, self.step, self.type_name, self.reason = run_id, step, type_name, reason
+
+
+class InvalidInput(KitaruError):
+    """A changed input that the flow does not take. Nothing was created."""
+
+    def __init__(self, run_id: str, flow: str, reason: str) -> None:
+        super().__init__(f"Flow `{flow}` of run {run_id} does not take these inputs: {reason} Nothing was created.")
+        self.run_id, self.flow, self.reason = run_id, flow, reason
+
+
+class ForkIncomplete(KitaruError):
+    """A replay was cut short before it was stored what it reuses; or ZenML's own replay started it."""
+
+    def __init__(self, run_id: str, origin: str) -> None:
+        super().__init__(
+            f"Run {run_id} is a replay of {origin}, and what it reuses was never stored: `kitaru replay` was cut short, or ZenML's own "
+            f"replay started it. Nothing of it ran. Remove it with `kitaru delete {run_id}`, and start again with "
+            f"`kitaru replay {origin}`."
+        )
+        self.run_id, self.origin = run_id, origin
+
+
+class RunHasForks(KitaruError):
+    """A run cannot be deleted while forks reuse its records."""
+
+    def __init__(self, run_id: str, forks: Sequence[str]) -> None:
+        super().__init__(
+            f"Run {run_id} cannot be deleted: {len(forks)} fork{'s' * (len(forks) != 1)} of it {'need' if len(forks) != 1 else 'needs'} "
+            f"its records: {', '.join(forks[:8])}. Delete a fork first with `kitaru delete {forks[0]}`."
+        )
+        self.run_id, self.forks = run_id, tuple(forks)
+
+
+class RunBeingDeleted(KitaruError):
+    """Somebody has begun to delete the run."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"Run {run_id} is being deleted. If that was cut short, finish it with `kitaru delete {run_id}`.")
+        self.run_id = run_id
+
+
 # --- the journal and its store -------------------------------------------------------------------------------------------
 
 

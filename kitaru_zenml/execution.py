@@ -152,7 +152,7 @@ class Execution:
         self._closed_covers = {key for e in snapshot.events if isinstance(e, LegClosedEvent) for key in e.covers}
         self._earlier = {key: sha for key, sha in snapshot.hashes.items() if key not in self._closed_covers}
         last = snapshot.last_close
-        self._previous_root = last.root if last else ""
+        self._previous_root = last.root if last else snapshot.first_root
         self._root_record = snapshot.current().get("/")
         self.engine = Engine(self, snapshot, on_drift)
 
@@ -168,10 +168,10 @@ class Execution:
         if self.recorder is not None:
             self.recorder.add(key)
 
-    def register_now(self, key: str) -> None:
-        """Let lineage know of a record before going on."""
+    def register_now(self, *keys: str) -> None:
+        """Let lineage know of records before going on."""
         if self.recorder is not None:
-            self.recorder.register_now([key])
+            self.recorder.register_now(keys)
 
     def wait_opened(self, wait: OpenWait) -> None:
         """A call begins to wait."""
@@ -336,7 +336,7 @@ class Execution:
         return ended
 
     def _close(self, ended: Ended) -> None:
-        covers = {**self._earlier, **self.engine.covers}
+        covers = {k: sha for k, sha in {**self._earlier, **self.engine.covers}.items() if k not in self._closed_covers}
         error = ended.error
         failed = () if error is None else tuple(codec.paths_on_chain(error))
         self.append_event(
@@ -449,6 +449,7 @@ async def _awaiting(awaitable: Any) -> Any:
 
 def input_trees(journal: Journal, record: StepRecord) -> dict[str, Any]:
     """The whole input trees of a record, references followed."""
+    journal = journal.of(record)
     fetched: dict[str, StepRecord] = {}
 
     def fetch(key: str) -> StepRecord:

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import re
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
@@ -24,7 +24,7 @@ from zenml.models import PipelineRunResponse
 from zenml.pipelines.dynamic.pipeline_definition import DynamicPipeline
 from zenml.pipelines.run_utils import create_placeholder_run
 
-from kitaru_zenml import leg, resumption
+from kitaru_zenml import forks, leg, resumption
 from kitaru_zenml.checkpoints import checkpoint
 from kitaru_zenml.children import gather_runs, start_child
 from kitaru_zenml.errors import EventLoopRunning, InvalidStepName, RunFinished, RunIdTaken, RunIsLeased
@@ -32,6 +32,7 @@ from kitaru_zenml.identity import HERE, check_name
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.options import FlowOptions, Lineage, OnDrift
 from kitaru_zenml.runs import EXTRA, PARENT, RunHandle, named_run
+from kitaru_zenml.selection import Reuse
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -246,6 +247,48 @@ class Flow(DynamicPipeline, Generic[P, R]):
     async def resume_async(self, run: str | UUID, **options: Any) -> RunHandle[R]:
         """`resume` for a running event loop."""
         return await asyncio.to_thread(resumption.resume, run, **options)
+
+    # --- fork ---
+
+    def replay(  # type: ignore[override]  # ZenML's own replay skips steps by name and knows nothing of a journal
+        self,
+        run: str | UUID,
+        *,
+        from_: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        reuse: Reuse = "before",
+        label: str | None = None,
+    ) -> RunHandle[R]:
+        """Fork a run: a new run that reuses its finished steps up to a cut and runs the rest. The origin stays as it is.
+
+        Args:
+            run: The origin: its id, an unambiguous prefix of it, or its name.
+            from_: Run from this step: its name (`fetch#3`), path, or the end of its name.
+            overrides: Take these values instead of what the steps returned, by name or path. They are validated against the steps'
+                return types, and without `from_` the cut is where the first of them began.
+            inputs: Arguments of the flow that change; the others are the origin's.
+            reuse: `before` reuses what finished before the cut began, `unchanged` also later steps that are asked with the same inputs.
+            label: Why, shown with the fork and with each overridden value.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            StepNotFound: If the run has no such step; near names are listed.
+            AmbiguousStep: If a name fits several steps.
+            InvalidOverride: If a value does not fit what its step returns.
+            InvalidInput: If the flow does not take the inputs.
+            Exception: What ended the fork.
+
+        Example:
+            handle = audit.replay("3f2a", overrides={"classify#0": "refund"}, label="it was a refund")
+        """
+        if asyncio._get_running_loop() is not None:
+            raise EventLoopRunning(self.name, "replay")
+        return forks.replay(run, from_=from_, overrides=overrides, inputs=inputs, reuse=reuse, label=label, flow=self)
+
+    async def replay_async(self, run: str | UUID, **options: Any) -> RunHandle[R]:
+        """`replay` for a running event loop."""
+        return await asyncio.to_thread(forks.replay, run, flow=self, **options)
 
     # --- ZenML's way in ---
 

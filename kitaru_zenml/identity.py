@@ -170,6 +170,7 @@ class Known:
     marker: StartedMarker | None = None
     generation: int = 0
     dormant: bool = False  # inside a failed step: asked again only if that one is tried again
+    reused: bool = False  # known of another run only, which this one is a fork of
 
     @property
     def rank(self) -> tuple[int, str]:

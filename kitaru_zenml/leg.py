@@ -37,7 +37,15 @@ from kitaru_zenml import progress
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure, paths_on_chain
 from kitaru_zenml.conditions import Conditions, close_pending
-from kitaru_zenml.errors import KitaruError, LeaseLost, RunCancelled, RunIsLeased, StoreUnavailable, WrongArtifactStore
+from kitaru_zenml.errors import (
+    ForkIncomplete,
+    KitaruError,
+    LeaseLost,
+    RunCancelled,
+    RunIsLeased,
+    StoreUnavailable,
+    WrongArtifactStore,
+)
 from kitaru_zenml.execution import Ended, Execution, LegSummary, input_trees
 from kitaru_zenml.inputs import canonical
 from kitaru_zenml.journal.due import leave_hint, remove_hint
@@ -209,7 +217,9 @@ def _run_leg(
         lease = take_lease(journal, purpose="run", lapse_seconds=flow.options.lapse_seconds, wait=True)
         snapshot = journal.load()
     try:
-        info = journal.begin(_run_info(flow, parameters, run, journal))
+        if snapshot.fork is None and not snapshot.records and run.original_run is not None:
+            raise ForkIncomplete(str(run.id), str(run.original_run.id))
+        info = journal.begin(run_info(flow, parameters, run, journal))
         if info.artifact_store != journal.store.uri:
             raise WrongArtifactStore(str(run.id), info.artifact_store, journal.store.uri)
         recorder = Recorder(
@@ -218,6 +228,7 @@ def _run_leg(
             artifact_store_id=artifact_store.id,
             artifact_store_root=artifact_store.path,
             flow=flow.name,
+            reused=snapshot.reused,
         )
         execution = Execution(
             journal=journal, lease=lease, snapshot=snapshot, options=flow.options, on_drift=_drift_choice(snapshot, lease, flow),
@@ -229,8 +240,9 @@ def _run_leg(
         recorder.watch(lambda: execution.engine.activity)
         recorder.start()
         if snapshot.records:
-            in_order = sorted(snapshot.records.items(), key=lambda item: item[1].number)
-            recorder.reconcile_later([key for key, record in in_order if record.is_shown])
+            given = {*snapshot.reused, *snapshot.overridden}  # shown when a call takes them
+            earlier = sorted(snapshot.records.keys() - given, key=lambda k: snapshot.records[k].number)
+            recorder.reconcile_later([key for key in earlier if snapshot.records[key].is_shown])
         if report is not None:
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered
@@ -256,7 +268,8 @@ def _drift_choice(snapshot: Snapshot, lease: HeldLease, flow: Flow[Any, Any]) ->
     return flow.options.on_drift
 
 
-def _run_info(flow: Flow[Any, Any], parameters: dict[str, Any], run: PipelineRunResponse, journal: Journal) -> RunInfo:
+def run_info(flow: Flow[Any, Any], parameters: dict[str, Any], run: PipelineRunResponse, journal: Journal) -> RunInfo:
+    """What a run executes, as any leg of it would say."""
     source = flow.resolve()
     return RunInfo(
         nonce=new_nonce(), run_id=str(run.id), flow=flow.name, source=source.import_path, source_root=source_utils.get_source_root(),

@@ -22,6 +22,7 @@ from kitaru_zenml import codec, leg
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.errors import (
     AmbiguousStep,
+    ForkIncomplete,
     KitaruError,
     NoJournal,
     RunFinished,
@@ -81,6 +82,8 @@ def resume(
         if found.status in (ExecutionStatus.COMPLETED, ExecutionStatus.STOPPED):
             raise RunFinished(str(found.id), found.status.value)
         snapshot = journal.load()
+        if snapshot.fork is None and found.original_run is not None:
+            raise ForkIncomplete(str(found.id), str(found.original_run.id))
         if not journal.is_cancelled():  # to end it, no doubt must be settled and nothing is tried again
             refuse_doubt(snapshot, str(found.id))
             _reopen(journal, snapshot, lease, on_drift, retry)
@@ -94,9 +97,11 @@ def resume(
 
 
 def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot) -> RunHandle[Any]:
-    never_began = snapshot.info is None and run.status in (ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING)
+    never_began = run.status in (ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING) and (
+        snapshot.info is None or not run.orchestrator_run_id
+    )
     run = run if never_began else _to_resuming(run)
-    _make_importable(snapshot)
+    make_importable(snapshot)
     stack = run_stack(run)
     assert run.snapshot is not None
     with leg.reporting(lambda _: None, handed=(lease, snapshot)) as report:
@@ -128,8 +133,8 @@ def _to_resuming(run: PipelineRunResponse) -> PipelineRunResponse:
     return Client().get_pipeline_run(run.id)
 
 
-def _make_importable(snapshot: Snapshot) -> None:
-    """Where the flow was imported from, if that is on this machine and its module is not importable as it is."""
+def make_importable(snapshot: Snapshot) -> None:
+    """Look for the flow where it was imported from, if that is on this machine and its module is not importable as it is."""
     info = snapshot.info
     if info is None:
         return
@@ -182,13 +187,15 @@ def find_step(snapshot: Snapshot, run_id: str, step: str) -> StepRecord:
     """
     import difflib
 
-    records = list(snapshot.current().values())
+    idle = snapshot.not_asked_for()
+    records = [r for r in snapshot.current().values() if r.object_key not in idle]
     exact = [r for r in records if step in (r.path, r.display)]
     fits = exact or [r for r in records if r.display.endswith("/" + step)] or [r for r in records if r.name == step]
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise AmbiguousStep(run_id, step, sorted(r.display for r in fits))
+        names = {r.display for r in fits}
+        raise AmbiguousStep(run_id, step, sorted(names if len(names) == len(fits) else (r.path for r in fits)))
     displays = sorted(r.display for r in records if r.path != "/")
     raise StepNotFound(run_id, step, difflib.get_close_matches(step, displays, n=5, cutoff=0.4))
 

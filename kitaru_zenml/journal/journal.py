@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kitaru_zenml.errors import CorruptRecord, JournalGap
+from kitaru_zenml.errors import CorruptRecord, JournalGap, RunBeingDeleted
 from kitaru_zenml.journal.records import (
     Beat,
+    Fork,
     Lease,
     LegClosedEvent,
     OpenWait,
     RetireEvent,
     RetryEvent,
+    Reused,
     RunInfo,
     StartedMarker,
     StepRecord,
@@ -26,6 +28,7 @@ from kitaru_zenml.journal.records import (
     blob_name,
     cancel_name,
     event_name,
+    fork_name,
     lease_name,
     run_folder,
     seal,
@@ -54,6 +57,29 @@ class Snapshot:
     waits: dict[str, OpenWait] = field(default_factory=dict)
     events: list[AnyEvent] = field(default_factory=list)
     info: RunInfo | None = None
+    fork: Fork | None = None
+    fork_hash: str = ""
+    reused: dict[str, Reused] = field(default_factory=dict)  # those of `records` that another run holds
+
+    @property
+    def first_root(self) -> str:
+        """What the chain of roots begins with: nothing, or the hash of what the fork reuses."""
+        return self.fork_hash
+
+    @property
+    def overridden(self) -> dict[str, StepRecord]:
+        """The records that a person gave this fork, by key."""
+        return {key: self.records[key] for key in (self.fork.overridden if self.fork else ()) if key in self.records}
+
+    def not_asked_for(self) -> set[str]:
+        """Reused records that no call took, as far as that is known: once a leg has come to the flow's end, or by what took their place."""
+        taken = {key for event in self.events if isinstance(event, LegClosedEvent) for key in event.covers}
+        left = self.reused.keys() - taken
+        if self.last_close is not None and self.last_close.status == "completed":
+            return set(left)
+        own = [r for key, r in self.records.items() if key not in self.reused]
+        turns = {(r.scope.group, r.turn) for r in own}
+        return {key for key in left if (self.records[key].scope.group, self.records[key].turn) in turns}
 
     @property
     def generations(self) -> dict[str, int]:
@@ -97,6 +123,7 @@ class Journal:
     def __init__(self, store: Store, run_id: str) -> None:
         self.store, self.run_id = store, run_id
         self._next_event = 1
+        self._holders: dict[str, str] | None = None
 
     # --- reading ---
 
@@ -121,12 +148,13 @@ class Journal:
         Raises:
             CorruptRecord: If an object does not fit its own hash or model.
             JournalGap: If an event is missing.
+            RunBeingDeleted: If somebody has begun to delete the run.
         """
         folder = run_folder(self.run_id)
         names = [
             n
             for n in self.store.list(folder)
-            if re.match(r"(run\.json|(steps|started|waits|events)/[^/]+\.json)$", n[len(folder) :])
+            if re.match(r"((run|fork|deleting)\.json|(steps|started|waits|events)/[^/]+\.json)$", n[len(folder) :])
         ]
         snapshot = Snapshot()
         events: dict[int, AnyEvent | None] = {}
@@ -147,19 +175,57 @@ class Journal:
                     snapshot.waits[key] = unseal(OpenWait, data, name)
                 elif kind == "events":
                     events[int(key)] = unseal_event(data, name)
-                else:
+                elif key == "run":
                     snapshot.info = unseal(RunInfo, data, name)
+                elif key == "fork":
+                    snapshot.fork, snapshot.fork_hash = unseal(Fork, data, name), sealed_hash(data)
+                else:
+                    raise RunBeingDeleted(self.run_id)
             except CorruptRecord as error:
                 if on_corrupt is None:
                     raise
                 on_corrupt(error)
                 if kind == "events":
                     events[int(key)] = None
+        if snapshot.fork is not None:
+            self._load_reused(snapshot, snapshot.fork, on_corrupt)
         if missing := [n for n in range(1, max(events, default=0)) if n not in events]:
             raise JournalGap(self.run_id, missing)
         snapshot.events = [event for _, event in sorted(events.items()) if event is not None]
         self._next_event = max(events, default=0) + 1
         return snapshot
+
+    def _load_reused(self, snapshot: Snapshot, fork: Fork, on_corrupt: Callable[[CorruptRecord], None] | None) -> None:
+        """Add the records that the fork reuses. A record of its own under the same key stands instead."""
+        wanted = [(key, of) for key, of in fork.each_reused() if key not in snapshot.records]
+        names = [step_name(of.run_id, key) for key, of in wanted]
+        for (key, of), name, data in zip(wanted, names, self.store.get_many(names), strict=True):
+            try:
+                if data is None:
+                    raise CorruptRecord(name, f"it is missing, though the fork {self.run_id} reuses it")
+                if sealed_hash(data) != of.sha256:
+                    raise CorruptRecord(name, f"it was changed since the fork {self.run_id} was made, which reuses it")
+                snapshot.records[key] = unseal(StepRecord, data, name)
+                snapshot.reused[key] = of
+            except CorruptRecord as error:
+                if on_corrupt is None:
+                    raise
+                on_corrupt(error)
+
+    def fork(self) -> Fork | None:
+        """What this run reuses of others; `None` if it is no fork."""
+        try:
+            return unseal(Fork, self.store.get(fork_name(self.run_id)), fork_name(self.run_id))
+        except ObjectNotFound:
+            return None
+
+    @property
+    def _reused(self) -> dict[str, str]:
+        """Key -> the run that holds the record, for a fork. Read once: it is stored before the fork begins."""
+        if self._holders is None:
+            fork = self.fork()
+            self._holders = {key: of.run_id for key, of in fork.each_reused()} if fork else {}
+        return self._holders
 
     def record(self, key: str) -> StepRecord:
         """One record.
@@ -168,13 +234,17 @@ class Journal:
             ObjectNotFound: If there is none under this key.
         """
         name = step_name(self.run_id, key)
-        return unseal(StepRecord, self.store.get(name), name)
+        try:
+            return unseal(StepRecord, self.store.get(name), name)
+        except ObjectNotFound:
+            if key not in self._reused:
+                raise
+            name = step_name(self._reused[key], key)
+            return unseal(StepRecord, self.store.get(name), name)
 
-    def records(self, keys: Sequence[str]) -> list[StepRecord]:
-        """Some records, read at once; those that do not exist are left out."""
-        names = [step_name(self.run_id, key) for key in keys]
-        found = zip(names, self.store.get_many(names), strict=True)
-        return [unseal(StepRecord, data, name) for name, data in found if data is not None]
+    def of(self, record: StepRecord) -> Journal:
+        """The journal in which what a record refers to is to be looked up: that of the run that stored it."""
+        return self if record.run_id == self.run_id else Journal(self.store, record.run_id)
 
     def blob(self, sha256: str) -> bytes:
         """A large value's bytes.
@@ -185,17 +255,11 @@ class Journal:
         try:
             return self.store.get(blob_name(self.run_id, sha256))
         except ObjectNotFound:
-            raise CorruptRecord(blob_name(self.run_id, sha256), "it is missing, though a record refers to it") from None
-
-    def open_waits(self) -> list[OpenWait]:
-        """What the run waits for, the oldest first: stored waits without a record. Answered ones that nobody consumed are among them."""
-        folder = run_folder(self.run_id)
-        finished = {name.rpartition("/")[2] for name in self.store.list(folder + "steps/")}
-        names = [name for name in self.store.list(folder + "waits/") if name.rpartition("/")[2] not in finished]
-        found = [
-            unseal(OpenWait, data, n) for n, data in zip(names, self.store.get_many(names), strict=True) if data is not None
-        ]
-        return sorted(found, key=lambda wait: (wait.asked_at, wait.display))
+            holders = dict.fromkeys(self._reused.values())
+        for data in self.store.get_many([blob_name(holder, sha256) for holder in holders]):
+            if data is not None:
+                return data
+        raise CorruptRecord(blob_name(self.run_id, sha256), "it is missing, though a record refers to it")
 
     def waits(self) -> list[OpenWait]:
         """Every wait that was ever asked, the oldest first."""

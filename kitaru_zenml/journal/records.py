@@ -5,6 +5,9 @@ model. A body carries the nonce of who wrote it: a writer that finds its own byt
 `kitaru/<run id>/` (the folder functions below are the only place that spells it):
 
     run.json             RunInfo       derived from the ZenML run
+    fork.json            Fork          what a fork reuses of other runs; before its first leg
+    forks/<run id>.json  ForkMarker    that fork needs this run's objects
+    deleting.json        Deletion      the run is being deleted: its objects go, in any order
     steps/<key>.json     StepRecord    write-once outcome of a step; path "/" is the flow itself
     started/<key>.json   StartedMarker an at-most-once step has begun
     waits/<key>.json     OpenWait      what a call waits for; open until the record of the same key exists
@@ -24,9 +27,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -152,6 +155,7 @@ class StepRecord(Stored):
     kind: str = "step"  # step, flow, or what an adapter says: model, tool, node, agent, ...
     generation: int = 0
     number: int  # place in the order of delivery
+    began: int = -1  # the next number when the first attempt of the body began: what a fork cuts by; -1 if not known
     digest: str  # of the inputs, SHA-256
     turn: tuple[str, int]  # branch, and the how-manieth call of this name in it
     scopes: tuple[Scope, ...] = ()  # outermost first
@@ -317,6 +321,53 @@ class RunInfo(Stored):
     created_at: datetime
 
 
+class Reused(NamedTuple):
+    """A record that a fork reuses: the run whose record it is, and the record's hash."""
+
+    run_id: str
+    sha256: str
+
+
+class Fork(Stored):
+    """What a new run reuses of others. Flat: a fork of a fork names the run that holds a record, however far away."""
+
+    origin: str  # the run it is a replay of
+    reuse: Literal["before", "unchanged"] = "before"
+    start: str | None = None  # the step it runs from, for people
+    cut: int = 0  # records of the origin with a lower number finished before the cut began
+    reused: dict[str, dict[str, str]] = {}  # run that holds the record -> key -> the record's hash
+    overridden: dict[str, str] = {}  # key -> the step, for people
+    inputs: dict[str, Any] = {}  # the flow's arguments that differ from the origin's, as given
+    label: str | None = None
+    by: str = ""
+    at: datetime
+
+    def each_reused(self) -> Iterator[tuple[str, Reused]]:
+        """Key, holder and hash of each reused record."""
+        for run_id, records in self.reused.items():
+            for key, sha256 in records.items():
+                yield key, Reused(run_id, sha256)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The runs that must not be deleted before this one."""
+        return tuple(dict.fromkeys((self.origin, *self.reused)))
+
+
+class ForkMarker(Stored):
+    """In the journal of a run that a fork needs: which fork. Stored before the fork's own `fork.json`."""
+
+    fork: str
+    at: datetime
+
+
+class Deletion(Stored):
+    """The run is being deleted. The first object of a deletion and the last to go, so that a second attempt finds what is left."""
+
+    at: datetime
+    by: str = ""
+
+
 class Holder(BaseModel):
     """A process, named so that another one can tell whether it is gone."""
 
@@ -441,6 +492,26 @@ def step_name(run_id: str, key: str) -> str:
 def started_name(run_id: str, key: str) -> str:
     """Object name of an at-most-once marker."""
     return f"kitaru/{run_id}/started/{key}.json"
+
+
+def fork_name(run_id: str) -> str:
+    """Object name of what a fork reuses."""
+    return f"kitaru/{run_id}/fork.json"
+
+
+def marker_folder(run_id: str) -> str:
+    """Where the markers of the forks that need a run lie."""
+    return f"kitaru/{run_id}/forks/"
+
+
+def marker_name(run_id: str, fork: str) -> str:
+    """Object name of the marker that a fork needs a run."""
+    return f"{marker_folder(run_id)}{fork}.json"
+
+
+def deletion_name(run_id: str) -> str:
+    """Object name of the note that a run is being deleted."""
+    return f"kitaru/{run_id}/deleting.json"
 
 
 def wait_name(run_id: str, key: str) -> str:

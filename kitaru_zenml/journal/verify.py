@@ -110,7 +110,7 @@ def _leases(journal: Journal, found: _Found) -> list[Lease]:
 
 def _roots(journal: Journal, snapshot: Snapshot, found: _Found, noted_root: str | None) -> tuple[str, int]:
     """Check the chain of roots and what they cover; returns the last root and how many records are covered."""
-    roots = [""]
+    roots = [snapshot.first_root]
     covered: dict[str, str] = {}
     closed = [event for event in snapshot.events if isinstance(event, LegClosedEvent)]
     for event in closed:
@@ -120,11 +120,13 @@ def _roots(journal: Journal, snapshot: Snapshot, found: _Found, noted_root: str 
             found.problems.append(f"the root of leg {event.epoch} is not that of what it covers")
         roots.append(event.root)
         covered.update(event.covers)
+    holders = snapshot.fork.needs if snapshot.fork is not None else ()
     for key, sha in covered.items():
-        if key in snapshot.hashes:
-            if snapshot.hashes[key] != sha:
+        known = snapshot.hashes.get(key) or (snapshot.reused[key].sha256 if key in snapshot.reused else None)
+        if known is not None:
+            if known != sha:
                 found.problems.append(f"the record `{key}` was changed since its leg closed")
-        elif step_name(journal.run_id, key) not in found.corrupt:
+        elif not any(step_name(run_id, key) in found.corrupt for run_id in (journal.run_id, *holders)):
             found.problems.append(f"the record `{key}` is lost: a closed leg covers it")
     if noted_root is not None and noted_root not in roots:
         found.problems.append("ZenML's run metadata holds a root that is not in the journal: events of it were changed or lost")
@@ -138,7 +140,7 @@ def _roots(journal: Journal, snapshot: Snapshot, found: _Found, noted_root: str 
                 f"`{record.display}` is late: leg {record.epoch} stored it when it was superseded or had ended; nothing used it"
             )
             found.notes.append(told)
-    return roots[-1], sum(key in covered for key in snapshot.hashes)
+    return roots[-1], sum(key in covered for key in (*snapshot.hashes, *snapshot.reused))
 
 
 def _legs(journal: Journal, snapshot: Snapshot, leases: Sequence[Lease], found: _Found) -> None:
@@ -154,12 +156,13 @@ def _legs(journal: Journal, snapshot: Snapshot, leases: Sequence[Lease], found: 
             how = "was killed or superseded and closed nothing"
         else:
             how = "has not closed yet: it may still be at work"
-        own = sum(record.epoch == lease.epoch for record in snapshot.records.values())
+        own = sum(snapshot.records[key].epoch == lease.epoch for key in snapshot.hashes)
         found.notes.append(f"leg {lease.epoch} ({lease.holder}) {how}; it stored {own} record{'s' * (own != 1)}")
 
 
 def _record(journal: Journal, snapshot: Snapshot, key: str, record: StepRecord, found: _Found) -> None:
-    if record.run_id != journal.run_id:
+    holder = snapshot.reused[key].run_id if key in snapshot.reused else journal.run_id
+    if record.run_id != holder:
         found.problems.append(f"the record `{key}` belongs to run {record.run_id}")
     value = record.outcome
     if (value is None) == (record.failure is None):
@@ -171,7 +174,7 @@ def _record(journal: Journal, snapshot: Snapshot, key: str, record: StepRecord, 
                 found.problems.append(f"the blob {value.sha256[:12]} of `{record.display}` was changed")
         except CorruptRecord as error:
             found.problems.append(f"the blob {value.sha256[:12]} of `{record.display}`: {error.reason}")
-    problem = _inputs_problem(journal, snapshot, record)
+    problem = None if key in snapshot.reused else _inputs_problem(journal, snapshot, record)
     if problem:
         found.problems.append(f"the inputs of `{record.display}` {problem}")
 

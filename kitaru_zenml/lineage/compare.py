@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from zenml.enums import ExecutionStatus
 from zenml.models import StepRunResponse
@@ -16,12 +16,19 @@ _AS_COMPLETED = {ExecutionStatus.COMPLETED, ExecutionStatus.CACHED}
 _AS_FAILED = {ExecutionStatus.FAILED, ExecutionStatus.RETRYING, ExecutionStatus.RETRIED}
 
 
-def compare(records: Mapping[str, StepRecord], step_runs: Iterable[StepRunResponse]) -> list[str]:
+def compare(
+    records: Mapping[str, StepRecord],
+    step_runs: Iterable[StepRunResponse],
+    reused: Collection[str] = (),
+    not_asked_for: Collection[str] = (),
+) -> list[str]:
     """The differences between a run's journal and its step runs in ZenML, as sentences; empty if they agree.
 
     Args:
         records: All records of the run by key, of every generation.
         step_runs: All step runs of the run, hydrated, with every version.
+        reused: Of a fork: the keys of the records that another run holds.
+        not_asked_for: Those of them, and overrides, that no call took or is known to have taken: ZenML need not show them.
     """
     ends: dict[str, list[StepRunResponse]] = defaultdict(list)
     natives: dict[str, StepRunResponse] = {}
@@ -39,11 +46,13 @@ def compare(records: Mapping[str, StepRecord], step_runs: Iterable[StepRunRespon
     for key, record in sorted(records.items(), key=lambda item: item[1].number):
         if not record.is_shown:
             continue
-        if record.step_run is not None:
+        if record.step_run is not None and key not in reused:
             if natives.pop(record.step_run, None) is None:
                 differences.append(f"`{record.display}` ran as ZenML step run {record.step_run}, which ZenML does not have.")
             continue
         found = ends.pop(key, [])
+        if not found and key in not_asked_for:
+            continue
         if not found:
             differences.append(f"`{record.display}` is in the journal and not in ZenML.")
         elif len(found) > 1:
@@ -51,7 +60,9 @@ def compare(records: Mapping[str, StepRecord], step_runs: Iterable[StepRunRespon
             differences.append(f"`{record.display}` is in ZenML {len(found)} times: {names}.")
         else:
             differences += _differences(key, record, found[0])
-            if attempts[key] != len(record.attempts):
+            if key in reused and record.failure is None and found[0].status != ExecutionStatus.CACHED:
+                differences.append(f"`{record.display}` is reused from run {record.run_id}, and not shown as cached in ZenML.")
+            if attempts[key] != len(record.attempts) and key not in reused:
                 differences.append(
                     f"`{record.display}` was retried {len(record.attempts)} times, of which ZenML has {attempts[key]}."
                 )
@@ -70,6 +81,8 @@ def _differences(key: str, record: StepRecord, step: StepRunResponse) -> list[st
     versions = step.outputs.get(output_name(record), [])
     value = record.outcome
     folder = value.folder if isinstance(value, MaterializedValue) else artifact_folder(record.run_id, key)
+    if record.step_run is not None:
+        return differences  # a native step's artifact lies where ZenML put it
     if not versions:
         differences.append(f"`{record.display}` has no artifact version of its {output_name(record)} in ZenML.")
     elif not versions[0].uri.endswith(f"/{folder}"):

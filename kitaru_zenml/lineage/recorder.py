@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
@@ -23,6 +23,7 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
 from kitaru_zenml.errors import StoreUnavailable
+from kitaru_zenml.journal.records import Reused
 from kitaru_zenml.journal.store import Store
 from kitaru_zenml.lineage.registration import Registration
 from kitaru_zenml.lineage.translate import Run
@@ -63,6 +64,7 @@ class Recorder:
         artifact_store_id: Of the ZenML artifact store that the journal lives in.
         artifact_store_root: Its URI.
         flow: Name of the flow.
+        reused: Of a fork: the records that another run holds, by key. May change while the run goes on.
         on_error: Told in one sentence when lineage begins to lag, and of each step that is given up; called on this thread.
     """
 
@@ -74,11 +76,12 @@ class Recorder:
         artifact_store_id: UUID,
         artifact_store_root: str,
         flow: str,
+        reused: Mapping[str, Reused] | None = None,
         on_error: Callable[[str], None] | None = None,
     ) -> None:
         self._run_id, self._on_error = run.id, on_error
         self._shape = Run(run.id, run.project_id, flow, artifact_store_id, artifact_store_root)
-        self._store = store
+        self._store, self._reused = store, reused if reused is not None else {}
         self._changed = threading.Condition()
         self._queue: deque[str | _Survey] = deque()
         self._working = 0  # taken from the queue and not done
@@ -191,7 +194,9 @@ class Recorder:
             began = time.monotonic()
             try:
                 if registration is None:
-                    registration = self._patiently(lambda: Registration(self._shape, self._store, Client().zen_store))
+                    registration = self._patiently(
+                        lambda: Registration(self._shape, self._store, Client().zen_store, self._reused)
+                    )
                 if isinstance(taken, _Survey):
                     self._survey(registration, taken)
                 else:
@@ -244,7 +249,7 @@ class Recorder:
             self._give_up(f"`{key}`", error)
         self._done(len(keys) - len(work))
         for pending in work:
-            pending.artifact_in_doubt = after_crash
+            pending.artifact_in_doubt = pending.artifact_in_doubt or after_crash
             pending.step_in_doubt = pending.key in partly
         at_once, strikes = len(work), 0
         while work:

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -24,7 +24,7 @@ from zenml.models import ArtifactVersionFilter, StepRunFilter, StepRunResponse, 
 
 from kitaru_zenml.errors import CorruptRecord, KitaruError
 from kitaru_zenml.inputs import references
-from kitaru_zenml.journal.records import BlobValue, JsonValue, StepRecord, blob_name, sealed_hash, step_name, unseal
+from kitaru_zenml.journal.records import BlobValue, JsonValue, Reused, StepRecord, blob_name, sealed_hash, step_name, unseal
 from kitaru_zenml.journal.store import ObjectNotFound, Store
 from kitaru_zenml.lineage import html, translate
 from kitaru_zenml.lineage.translate import MARK, Place, Run
@@ -45,6 +45,15 @@ class RecordGone(KitaruError):
         self.key = key
 
 
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The step run of a record that a fork reuses, in the run that holds it."""
+
+    id: UUID
+    artifact: UUID | None
+    inputs: dict[str, list[UUID]]
+
+
 @dataclass
 class Pending:
     """A record on its way into ZenML."""
@@ -59,6 +68,13 @@ class Pending:
     name: str = ""
     artifact_in_doubt: bool = False  # a request for it may have succeeded
     step_in_doubt: bool = False
+    home: Run | None = None  # of a reused record: the run that holds it
+    original: Original | None = None  # its step run there
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether its artifact version is there already: a native step's, or that of the run that holds the record."""
+        return self.artifact is not None or (self.home is None and self.record.step_run is not None)
 
 
 class Places:
@@ -98,15 +114,18 @@ def _short(key: str) -> bytes:
 class Registration:
     """Writes records' views and makes their artifact versions and step runs. Used by one thread."""
 
-    def __init__(self, run: Run, store: Store, zen_store: BaseZenStore) -> None:
+    def __init__(self, run: Run, store: Store, zen_store: BaseZenStore, reused: Mapping[str, Reused] | None = None) -> None:
         self.run, self.store, self.zen = run, store, zen_store
         self.places = Places()
+        self.reused: Mapping[str, Reused] = reused if reused is not None else {}
+        self._originals: dict[str, dict[str, Original]] = {}  # run -> key -> its step run, of runs that are reused
 
     # --- reading ---
 
     def load(self, keys: Sequence[str]) -> tuple[list[Pending], list[tuple[str, KitaruError]]]:
         """Read records from the journal: those to register, and those that cannot be."""
-        names = [step_name(str(self.run.id), key) for key in keys]
+        holders = {key: of.run_id for key in keys if (of := self.reused.get(key)) is not None}
+        names = [step_name(holders.get(key, str(self.run.id)), key) for key in keys]
         found: list[Pending] = []
         lost: list[tuple[str, KitaruError]] = []
         for key, name, data in zip(keys, names, self.store.get_many(names), strict=True):
@@ -114,7 +133,10 @@ class Registration:
                 lost.append((key, RecordGone(key)))
                 continue
             try:
-                found.append(Pending(key, unseal(StepRecord, data, name), sealed_hash(data)))
+                pending = Pending(key, unseal(StepRecord, data, name), sealed_hash(data))
+                if key in holders:
+                    pending.home = replace(self.run, id=UUID(holders[key]))
+                found.append(pending)
             except CorruptRecord as error:
                 lost.append((key, error))
         return [p for p in found if p.record.is_shown], lost
@@ -126,7 +148,7 @@ class Registration:
             The keys that are not, or not wholly, in order of delivery; and those of them that are there in part.
         """
         partly = set()
-        for step in self._list_steps():
+        for step in self._list_steps(self.run.id):
             mark = mark_of(step)
             if mark is None:
                 continue
@@ -144,11 +166,11 @@ class Registration:
             order.update({key: -1 for key, _ in lost})  # so that they are reported
         return sorted(order, key=order.__getitem__), partly
 
-    def _list_steps(self, **filters: Any) -> Iterator[StepRunResponse]:
+    def _list_steps(self, run_id: UUID, **filters: Any) -> Iterator[StepRunResponse]:
         page = 1
         while True:
             query = StepRunFilter(
-                pipeline_run_id=self.run.id, project=self.run.project, size=PAGE, page=page, sort_by="asc:created", **filters
+                pipeline_run_id=run_id, project=self.run.project, size=PAGE, page=page, sort_by="asc:created", **filters
             )
             found = self.zen.list_run_steps(query, hydrate=True)
             yield from found.items
@@ -166,14 +188,28 @@ class Registration:
                 of them if none has left it: their artifact versions are made by one request.
         """
         batch = work[:at_once]
+        self._find_originals(batch)
         self._write_views(batch)
         self._create_artifacts(batch)
         for pending in batch:
             self._create_step(pending)
             del work[0]
 
+    def _find_originals(self, work: Sequence[Pending]) -> None:
+        """The step runs and artifact versions of reused records, where the run that holds them has them in ZenML."""
+        for pending in work:
+            if pending.home is None or pending.artifact is not None:
+                continue
+            home = pending.home.id
+            if str(home) not in self._originals:
+                self._originals[str(home)] = dict(_originals(self._list_steps(home)))
+            known = self._originals[str(home)]
+            pending.original = known.get(pending.record.step_run or pending.key)
+            pending.artifact = pending.original.artifact if pending.original is not None else None
+            pending.artifact_in_doubt = pending.artifact is None  # that run may be about to register it, too
+
     def _write_views(self, work: Sequence[Pending]) -> None:
-        missing = [p for p in work if not p.has_view and p.record.step_run is None]
+        missing = [p for p in work if not p.has_view and not p.is_shown]
         if len(missing) > 1 and "://" in self.store.uri:
             with ThreadPoolExecutor(_VIEW_THREADS, thread_name_prefix="kitaru-view") as pool:
                 list(pool.map(self._write_view, missing))
@@ -186,7 +222,7 @@ class Registration:
         output = self._output_tree(record)
         pending.tree = None if isinstance(output, html.NotAtHand) else output
         text = html.step_view(record, output, self._name_of)
-        self._write(translate.view_name(self.run, pending.key), text.encode("utf-8", "replace"))
+        self._write(translate.view_name(pending.home or self.run, pending.key), text.encode("utf-8", "replace"))
         pending.has_view = True
 
     def _write(self, name: str, data: bytes) -> None:
@@ -209,7 +245,7 @@ class Registration:
             if value.size > VIEW_BLOB_LIMIT:
                 return html.NotAtHand(value.size)
             try:
-                return from_json(self.store.get(blob_name(str(self.run.id), value.sha256)))
+                return from_json(self.store.get(blob_name(record.run_id, value.sha256)))
             except ObjectNotFound:
                 return html.NotAtHand(value.size)
         return value.model_dump()
@@ -219,14 +255,14 @@ class Registration:
         return place.step if place else None
 
     def _create_artifacts(self, work: Sequence[Pending]) -> None:
-        missing = [p for p in work if p.artifact is None and p.record.step_run is None]
+        missing = [p for p in work if not p.is_shown]
         doubtful = [p for p in missing if p.artifact_in_doubt]
         if doubtful:
             self._find_artifacts(doubtful)
             missing = [p for p in missing if p.artifact is None]
         if not missing:
             return
-        requests = [translate.artifact_request(self.run, p.key, p.record, p.tree) for p in missing]
+        requests = [translate.artifact_request(p.home or self.run, p.key, p.record, p.tree) for p in missing]
         try:
             made = self.zen.batch_create_artifact_versions(requests)
         except Exception:
@@ -239,7 +275,7 @@ class Registration:
 
     def _find_artifacts(self, doubtful: Sequence[Pending]) -> None:
         for at in range(0, len(doubtful), 20):  # their URIs travel in a query string
-            uris = {translate.artifact_uri(self.run, p.key, p.record): p for p in doubtful[at : at + 20]}
+            uris = {translate.artifact_uri(p.home or self.run, p.key, p.record): p for p in doubtful[at : at + 20]}
             query = ArtifactVersionFilter(
                 uri="oneof:" + json.dumps(list(uris)), project=self.run.project, size=PAGE, sort_by="desc:created"
             )
@@ -248,7 +284,7 @@ class Registration:
 
     def _create_step(self, pending: Pending) -> None:
         key, record = pending.key, pending.record
-        if record.step_run is not None:
+        if record.step_run is not None and pending.home is None:
             self.places.put(key, place_of(self.zen.get_run_step(UUID(record.step_run), hydrate=False)))
             return
         if pending.step_run is None:
@@ -261,7 +297,8 @@ class Registration:
             else:
                 self._create_missing_versions(pending)
         assert pending.step_run is not None
-        if (request := translate.metadata_request(self.run, pending.step_run, record)) is not None:
+        request = translate.metadata_request(self.run, pending.step_run, record) if pending.home is None else None
+        if request is not None:
             self.zen.create_run_metadata(request)
         self.places.put(key, Place(pending.name, pending.artifact, translate.output_name(record)))
 
@@ -274,7 +311,7 @@ class Registration:
             ours: list[StepRunResponse] = []
             others: list[StepRunResponse] = []
             strangers = False
-            for step in self._list_steps(name=f"equals:{name}"):
+            for step in self._list_steps(self.run.id, name=f"equals:{name}"):
                 mark = mark_of(step) or {}
                 if mark.get("key") == pending.key:
                     ours.append(step)
@@ -297,10 +334,22 @@ class Registration:
     def _complete(self, step: StepRunResponse, pending: Pending) -> None:
         """Add what a step run lacks that ZenML stored in part: it commits the row first, then what it is linked to."""
         assert pending.artifact is not None, "artifact versions are made before their step runs"
-        edges = translate.edges_of(references(pending.record.inputs), pending.record.after, self.places.get)
+        edges = self._edges(pending)
         inputs = {name: versions[0] for name, versions in edges.inputs.items() if name not in step.inputs}
         outputs = {translate.output_name(pending.record): [pending.artifact]}
         self.zen.update_run_step(step.id, StepRunUpdate(outputs=outputs, loaded_artifact_versions=inputs))
+
+    def _edges(self, pending: Pending) -> translate.Edges:
+        """What its step run hangs on. The inputs of a reused record are those of its original, which ZenML insists on."""
+
+        def place_of_reused(key: str) -> Place | None:  # a record of our own under that key is not what it refers to
+            return self.places.get(key) if key in self.reused else None
+
+        record, place = pending.record, self.places.get if pending.home is None else place_of_reused
+        edges = translate.edges_of(references(record.inputs), record.after, place)
+        if pending.original is not None:
+            edges.inputs = pending.original.inputs
+        return edges
 
     def _suffixes(self, record: StepRecord) -> list[str]:
         generation = f"~g{record.generation}" if record.generation else ""
@@ -308,15 +357,30 @@ class Registration:
         return list(dict.fromkeys(["", generation or digest, digest, digest + (generation or "~g0")]))
 
     def _create_versions(self, pending: Pending, name: str, *, made: int, earlier: int) -> None:
-        record = pending.record
-        edges = translate.edges_of(references(record.inputs), record.after, self.places.get)
-        requests = translate.step_requests(
-            self.run, pending.key, record, pending.sha256, name, pending.artifact, edges, earlier=earlier
-        )
+        record, edges = pending.record, self._edges(pending)
+        if pending.home is None:
+            requests = translate.step_requests(
+                self.run, pending.key, record, pending.sha256, name, pending.artifact, edges, earlier=earlier
+            )
+        else:
+            original = pending.original.id if pending.original is not None else None
+            requests = [
+                translate.cached_request(self.run, pending.key, record, pending.sha256, name, pending.artifact, edges, original)
+            ]
         pending.step_in_doubt = True
         for request in requests[made:]:
             created = self.zen.create_run_step(request)
         pending.step_run = created.id
+
+
+def _originals(steps: Iterable[StepRunResponse]) -> Iterator[tuple[str, Original]]:
+    """The step runs that show the end of a record of their own run, by key; native ones by their own id, as records name them."""
+    for step in steps:
+        mark = mark_of(step)
+        if mark is not None and ("attempt" in mark or "reused_from" in mark):
+            continue
+        inputs = {name: [version.id for version in versions] for name, versions in step.inputs.items()}
+        yield str(step.id) if mark is None else mark["key"], Original(step.id, place_of(step).artifact, inputs)
 
 
 def mark_of(step: StepRunResponse) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ MARK = "kitaru"  # names our entry in a step's `extra` and its metadata
 OUTPUT = "output"
 FAILURE = "failure"
 FAILURE_MARK = "kitaru_failure"
+OVERRIDE = "override"
 NAME_LIMIT = 255
 VIEW = "step.html"
 
@@ -172,6 +173,7 @@ def artifact_request(run: Run, key: str, record: StepRecord, tree: Any = None) -
         tree: The outcome's JSON tree, if it is at hand, to name the data type.
     """
     materializer, content_hash = MATERIALIZER_SOURCE, record.outcome_digest
+    override = record.metadata.get(OVERRIDE)  # a person gave this version: who, when and why
     if isinstance(record.outcome, MaterializedValue):
         materializer, content_hash = import_source(record.outcome.materializer), None  # its own hash would be of another kind
     return ArtifactVersionRequest(
@@ -183,7 +185,8 @@ def artifact_request(run: Run, key: str, record: StepRecord, tree: Any = None) -
         materializer=materializer,
         data_type=data_type(record, tree),
         content_hash=content_hash,
-        save_type=ArtifactSaveType.STEP_OUTPUT,
+        save_type=ArtifactSaveType.STEP_OUTPUT if override is None else ArtifactSaveType.MANUAL,
+        metadata=None if override is None else {OVERRIDE: override},
         project=run.project,
         has_custom_name=False,
         visualizations=[ArtifactVisualizationRequest(type=VisualizationType.HTML, uri=run.uri(view_name(run, key)))],
@@ -320,6 +323,42 @@ def step_requests(
         )
 
     return [*(request(n, attempt) for n, attempt in enumerate(record.attempts)), request(len(record.attempts), None)]
+
+
+def cached_request(
+    run: Run, key: str, record: StepRecord, sha256: str, name: str, artifact: UUID | None, edges: Edges, original: UUID | None
+) -> StepRunRequest:
+    """The request that shows a record which a fork reuses, as a cached step run of the same artifact version.
+
+    A reused failure stays a failed one: a cached step run would count as a success.
+
+    Args:
+        run: The fork.
+        key: Of the record.
+        record: The record.
+        sha256: The record's own hash.
+        name: Of the step run.
+        artifact: The artifact version of its outcome, which the run that holds the record made.
+        edges: What it hangs on.
+        original: Its step run in that run; `None` if that is not in ZenML.
+    """
+    failure = record.failure
+    step = _step(key, record, sha256, name, edges, 0, None)
+    step.config.extra[MARK].pop("noted", None)  # its metadata is the original's, which ZenML links
+    step.config.extra[MARK]["reused_from"] = record.run_id
+    return StepRunRequest(
+        name=name,
+        status=ExecutionStatus.CACHED if failure is None else ExecutionStatus.FAILED,
+        start_time=_naive(record.started_at),
+        end_time=_naive(record.ended_at),
+        project=run.project,
+        pipeline_run_id=run.id,
+        original_step_run_id=original,
+        inputs=edges.inputs,
+        outputs={output_name(record): [artifact]} if artifact is not None else {},
+        exception_info=exception_info(failure) if failure else None,
+        dynamic_config=step,
+    )
 
 
 def _started(record: StepRecord) -> datetime:
