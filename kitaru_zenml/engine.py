@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kitaru_zenml")
 
+ASKED_FOR = "asked_for"  # in the metadata of a fork's own outcome: which of the records it was given
 SPLICE_FROM = 4096  # bytes
 TICK = 0.02  # seconds without an engine call, while other branches live
 TICKS_TO_TAKE_EQUAL = 2
@@ -131,7 +132,7 @@ class Engine:
 
     def _load(self, snapshot: Snapshot) -> None:
         current, opened = snapshot.current(), snapshot.generations
-        current.pop("/", None)
+        root = current.pop("/", None)
         own: set[str] = set()  # paths that this run itself has come to
         for key, record in snapshot.records.items():
             around_and_it = {record.path, *(scope.path for scope in record.scopes)}
@@ -145,6 +146,10 @@ class Engine:
         begun: list[StartedMarker | OpenWait] = [*snapshot.markers.values(), *snapshot.waits.values()]
         for one in begun:
             own |= {one.scope.path, *(scope.path for scope in one.scopes)}
+        for key in root.metadata.get(ASKED_FOR, ()) if root is not None else ():
+            self._taken.add(key)
+            if key in self.reused:
+                self.covers[key] = self.reused[key].sha256
         known: dict[str, Known] = {}
         inside: dict[str, tuple[Scope, ...]] = {}
         for record in snapshot.records.values():
@@ -325,6 +330,8 @@ class Engine:
         call = Call(flow, inputs, StepOptions(), kind="flow", returns=returns)
         scope = Scope(path="/", name=flow, ordinal=0, digest=inputs.digest, turn=("", 0), kind="flow")
         outcome = _Outcome(encoded=(yield from self._encode(call, value, record_key(flow, "/", 0))))
+        if self._taken:  # nobody asks for it again once the flow has its outcome
+            outcome.step = CurrentStep(flow, "/", "", 1, self.run_id, {ASKED_FOR: sorted(self._taken)})
         here = Here(self.execution, Branch())
         rank, _, stored, _ = yield from self._store(call, here, scope, 0, outcome, [], "")
         with self.lock:

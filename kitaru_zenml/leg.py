@@ -37,6 +37,7 @@ from kitaru_zenml import progress
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure, paths_on_chain
 from kitaru_zenml.conditions import Conditions, close_pending
+from kitaru_zenml.engine import ASKED_FOR
 from kitaru_zenml.errors import (
     ForkIncomplete,
     KitaruError,
@@ -258,6 +259,20 @@ def _run_leg(
     except BaseException:
         lease.release()
         raise
+
+
+def _to_reconcile(snapshot: Snapshot) -> list[str]:
+    """The records that must be in ZenML by now, in order: the run's own, and what of a fork's given ones was asked for."""
+    records, given = snapshot.records, {*snapshot.reused, *snapshot.overridden}
+    own = records.keys() - given
+    taken = snapshot.reused.keys() - snapshot.untaken
+    for record in (records[key] for key in own):
+        taken |= {
+            *record.after,
+            *(key for keys in references(record.inputs).values() for key in keys),
+            *record.metadata.get(ASKED_FOR, ()),
+        }
+    return sorted(own | (given & taken), key=lambda key: records[key].number)
 
 
 def _drift_choice(snapshot: Snapshot, lease: HeldLease, flow: Flow[Any, Any]) -> OnDrift:

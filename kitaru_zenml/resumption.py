@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
@@ -126,6 +126,10 @@ def _to_resuming(run: PipelineRunResponse) -> PipelineRunResponse:
     on_the_way = {
         ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING, ExecutionStatus.QUEUED, ExecutionStatus.RUNNING,
     }  # fmt: skip
+    if (
+        run.status == ExecutionStatus.INITIALIZING and not run.orchestrator_run_id
+    ):  # killed before a runner took it: now or never
+        run = store.update_run(run.id, PipelineRunUpdate(orchestrator_run_id=str(uuid4())))
     if run.status in on_the_way:
         run = store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED))
     if run.status in (ExecutionStatus.FAILED, ExecutionStatus.PAUSED):

@@ -17,8 +17,11 @@ COMMANDS = {
     "answer": ("answer", "Answer a question of a run, and continue the run."),
     "send": ("send", "Send an event to a run."),
     "cancel": ("cancel", "Stop a run at its next boundary, and its child runs."),
+    "replay": ("replay", "Fork a run: reuse its steps up to a cut, override outcomes or inputs, run the rest."),
+    "diff": ("diff", "Compare two runs step by step: what was reused, changed, is new or gone."),
     "settle": ("settle", "Say what happened to an at-most-once step whose outcome is unknown."),
     "failure": ("failure", "Show why a run ended, and how to go on."),
+    "delete": ("delete", "Delete a run: its journal, its artifacts and its ZenML run."),
     "verify": ("verify", "Recompute every hash of a run and compare its journal with ZenML."),
     "doctor": ("doctor", "Check ZenML, the stack and its artifact store."),
 }

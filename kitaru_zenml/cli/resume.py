@@ -41,7 +41,7 @@ def command(run: str, takeover: bool, drift: Any, retry: tuple[str, ...], output
     """
     from kitaru_zenml.resumption import resume
 
-    with _waiting() as waiting, _lines_of_the_run():
+    with _waiting() as waiting, lines_of_the_run():
         handle = resume(run, takeover=takeover, on_drift=drift, retry=retry, on_wait=waiting)
     leg, status = handle.leg, handle.status
     view: dict[str, Any] = {"run": handle.id, "status": status, **(dataclasses.asdict(leg) if leg else {}), "new": []}
@@ -109,7 +109,7 @@ def _waiting() -> Iterator[Callable[[Lease, float], None]]:
 
 
 @contextlib.contextmanager
-def _lines_of_the_run() -> Iterator[None]:
+def lines_of_the_run() -> Iterator[None]:
     """Let progress lines and warnings of the run be seen, on stderr, though ZenML's own log is quiet."""
     logger, undo = logging.getLogger("kitaru_zenml"), contextlib.ExitStack()
     undo.callback(logger.setLevel, logger.level)

@@ -14,7 +14,7 @@ from rich.tree import Tree
 
 from kitaru_zenml.cli.output import STYLES, ago, cli_command, command_to_type, console, seconds
 from kitaru_zenml.errors import NoJournal
-from kitaru_zenml.journal.records import StepRecord, display_name
+from kitaru_zenml.journal.records import Fork, StepRecord, display_name
 from kitaru_zenml.progress import stem
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def command(run: str, watch: bool, output: str) -> Any:
     """Show the steps of RUN as a tree: status, which leg ran them, duration, tokens, and what to do next.
 
     JSON: {run, name, flow, status, created, legs: [{epoch, purpose, holder, taken_at}], executing, totals: {finished, failed, in_flight,
-    kept_from_earlier_legs, tokens, cost}, steps: [{step, path, kind, status, leg, kept, attempts, generation, seconds, tokens, cost,
-    model, started_at, failure}], open: {path: [names]}, next}. A step's status is finished, failed, in flight, waiting, cut off (its
+    kept_from_earlier_legs, reused, tokens, cost}, steps: [{step, path, kind, status, reused_from, override, leg, kept, attempts,
+    generation, seconds, tokens, cost, model, started_at, failure}], open: {path: [names]}, replay_of, next}. `replay_of` is {run, start,
+    reuse, label, by} of a fork; what it reuses counts neither tokens nor cost. A step's status is finished, failed, in flight, waiting, cut off (its
     process is gone) or in doubt. With --watch, the JSON is that of the end.
     """
     if not watch:
@@ -101,7 +102,7 @@ def _not_begun(found: PipelineRunResponse) -> dict[str, Any]:
     return {
         "run": str(found.id), "name": found.name, "flow": found.pipeline.name if found.pipeline else "", "status": found.status.value,
         "created": found.created, "legs": [], "executing": None, "totals": _totals([]), "steps": [], "open": {},
-        "next": f"kitaru show {found.id} --watch",
+        "replay_of": None, "next": f"kitaru show {found.id} --watch",
     }  # fmt: skip
 
 
@@ -118,10 +119,11 @@ def _begun(found: PipelineRunResponse, journal: Journal) -> dict[str, Any]:
     status = found.status.value
     if status in ("running", *NOT_BEGUN) and gone:
         status = "dead"
+    idle = snapshot.untaken if snapshot.last_close is not None else snapshot.not_asked_for()
     steps = [
-        _step(record, last.epoch if last else 0)
+        _step(record, last.epoch if last else 0, record.object_key in snapshot.reused)
         for record in sorted(snapshot.current().values(), key=lambda r: r.number)
-        if record.path != "/"
+        if record.path != "/" and record.object_key not in idle
     ]
     known = {step["path"] for step in steps}
     doubtful = {m.scope.path: m for m in in_doubt(snapshot)} if status != "running" else {}
@@ -150,19 +152,26 @@ def _begun(found: PipelineRunResponse, journal: Journal) -> dict[str, Any]:
         "open": {
             path: [display_name(s.name, s.ordinal, s.key) for s in chain] for path, chain in opened.items() if path not in known
         },
+        "replay_of": None if snapshot.fork is None else _replay_of(snapshot.fork),
         "next": _next(str(found.id), status, steps),
     }
 
 
-def _step(record: StepRecord, leg: int) -> dict[str, Any]:
-    usage = record.usage
+def _replay_of(fork: Fork) -> dict[str, Any]:
+    return {"run": fork.origin, "start": fork.start, "reuse": fork.reuse, "label": fork.label, "by": fork.by}
+
+
+def _step(record: StepRecord, leg: int, is_reused: bool) -> dict[str, Any]:
+    usage, is_given = record.usage if not is_reused else None, is_reused or record.epoch == 0
     return {
         "step": record.display,
         "path": record.path,
         "kind": record.kind,
         "status": "failed" if record.failure is not None else "finished",
-        "leg": record.epoch,
-        "kept": record.epoch < leg,
+        "reused_from": record.run_id if is_reused else None,
+        "override": record.metadata.get("override"),
+        "leg": None if is_given else record.epoch,
+        "kept": record.epoch < leg and not is_given,
         "attempts": len(record.attempts) + 1,
         "generation": record.generation,
         "seconds": (record.ended_at - record.started_at).total_seconds(),
@@ -176,7 +185,8 @@ def _step(record: StepRecord, leg: int) -> dict[str, Any]:
 
 def _open(display: str, path: str, kind: str, status: str, started_at: Any) -> dict[str, Any]:
     return {
-        "step": display, "path": path, "kind": kind, "status": status, "leg": None, "kept": False, "attempts": 1, "generation": 0,
+        "step": display, "path": path, "kind": kind, "status": status, "reused_from": None, "override": None,
+        "leg": None, "kept": False, "attempts": 1, "generation": 0,
         "seconds": None, "tokens": 0, "cost": None, "model": None, "started_at": started_at, "failure": None,
     }  # fmt: skip
 
@@ -188,6 +198,7 @@ def _totals(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "failed": sum(s["status"] == "failed" for s in steps),
         "in_flight": sum(s["status"] == "in flight" for s in steps),
         "kept_from_earlier_legs": sum(s["kept"] for s in steps),
+        "reused": sum(s["reused_from"] is not None for s in steps),
         "tokens": sum(s["tokens"] for s in steps),
         "cost": sum(costs) if costs else None,
     }
@@ -215,6 +226,8 @@ def render(view: dict[str, Any], live: bool = False) -> Group:
     head = Text.assemble((view["flow"], "bold"), " ", (view["status"], STYLES.get(view["status"], "default")))
     head.append(f"  run {view['run']}  started {ago(view['created'])}", "dim")
     facts = Text(f"{_facts(view)}", "dim")
+    if view["replay_of"]:
+        head.append(f"\n{_origin(view['replay_of'])}", "dim")
     following = Text.assemble("Next: ", command_to_type(view["next"]))
     if view["status"] in ("failed", "dead"):
         following = Text.assemble("Why:  ", command_to_type(f"kitaru failure {view['run']}"), "\n", following)
@@ -227,6 +240,13 @@ def render(view: dict[str, Any], live: bool = False) -> Group:
     return Group(tree, facts, following)
 
 
+def _origin(origin: dict[str, Any]) -> str:
+    told = f"Replay of {origin['run']}"
+    told += f" from {origin['start']}" if origin["start"] else ""
+    told += ", reusing later steps with the same inputs" if origin["reuse"] == "unchanged" else ""
+    return told + f", by {origin['by']}" + (f": {origin['label']}" if origin["label"] else "")
+
+
 def _facts(view: dict[str, Any]) -> str:
     totals = view["totals"]
     facts = f"{totals['finished']} finished"
@@ -234,6 +254,8 @@ def _facts(view: dict[str, Any]) -> str:
         facts += f", {totals[name]} {name.replace('_', ' ')}" if totals[name] else ""
     if totals["kept_from_earlier_legs"]:
         facts += f", {totals['kept_from_earlier_legs']} of them kept from earlier legs"
+    if totals["reused"]:
+        facts += f", {totals['reused']} of them reused from the run this replays"
     if totals["tokens"]:
         facts += f", {totals['tokens']:,} tokens" + (f", ${totals['cost']:.4f}" if totals["cost"] is not None else "")
     if len(view["legs"]) > 1:
@@ -332,6 +354,10 @@ def _line(step: dict[str, Any]) -> Text:
         facts.append(f"{step['attempts']} attempts")
     if step["generation"]:
         facts.append(f"tried again {step['generation']}x")
+    if step["reused_from"]:
+        facts = ["reused" + (f" from {step['reused_from'][:8]}" if step["reused_from"] else "")]
+    if step["override"]:
+        facts = [f"overridden by {step['override']['by']}" + (f": {why}" if (why := step["override"]["why"]) else "")]
     if step["kept"]:
         facts.append(f"kept from leg {step['leg']}")
     if step["tokens"]:

@@ -23,8 +23,8 @@ def command(run: str, step: str, output: str) -> Any:
     STEP is the name shown by `kitaru show` (`fetch#3`, `audit#0/model#2`), its end if that is unambiguous, or the path.
 
     JSON: {step, path, kind, status, inputs, opaque, output, failure, attempts: [{seconds, type, message}], earlier: [{generation, leg,
-    status, failure}], usage, metadata, idempotency_key, leg, generation, number, started_at, seconds}. A step that is in flight or in
-    doubt has no inputs and no output yet.
+    status, failure}], usage, metadata, reused_from, override, idempotency_key, leg, generation, number, started_at,
+    seconds}. A step that is in flight or in doubt has no inputs and no output yet.
     """
     from kitaru_zenml.errors import StepNotFound
     from kitaru_zenml.resumption import find_step
@@ -74,7 +74,9 @@ def _recorded(journal: Journal, snapshot: Snapshot, record: StepRecord) -> dict[
             for r in sorted(earlier, key=lambda r: r.generation)
         ],
         "usage": record.usage.model_dump() if record.usage else None,
-        "metadata": record.metadata,
+        "metadata": {name: value for name, value in record.metadata.items() if name != "override"},
+        "reused_from": record.run_id if record.run_id != journal.run_id else None,
+        "override": record.metadata.get("override"),
         "idempotency_key": record.idempotency_key,
         "leg": record.epoch,
         "generation": record.generation,
@@ -101,15 +103,18 @@ def _open(journal: Journal, snapshot: Snapshot, step: str) -> dict[str, Any] | N
         if step in (display, path):
             return {
                 "step": display, "path": path, "kind": kind, "status": status, "inputs": {}, "opaque": [], "output": None, "failure": None,
-                "attempts": [], "earlier": [], "usage": None, "metadata": {}, "idempotency_key": None, "leg": leases[-1].epoch,
+                "attempts": [], "earlier": [], "usage": None, "metadata": {}, "reused_from": None,
+                "override": None, "idempotency_key": None, "leg": leases[-1].epoch,
                 "generation": 0, "number": None, "started_at": started_at, "seconds": None,
             }  # fmt: skip
     return None
 
 
 def _print(view: dict[str, Any], run_id: str) -> None:
-    facts = [f"leg {view['leg']}"]
-    if view["seconds"] is not None:
+    facts = [f"leg {view['leg']}" if not view["reused_from"] else f"reused from run {view['reused_from']}, leg {view['leg']}"]
+    if view["override"]:
+        facts = ["overridden"]
+    elif view["seconds"] is not None:
         facts.insert(0, seconds(view["seconds"]))
     if view["attempts"]:
         facts.append(f"{len(view['attempts']) + 1} attempts")
@@ -123,6 +128,10 @@ def _print(view: dict[str, Any], run_id: str) -> None:
     )
     console.print(head)
     console.print(Text(view["path"], style="dim"))
+    if said := view["override"]:
+        why = f": {said['why']}" if said["why"] else ""
+        console.print(Text(f"Overridden by {said['by']} at {said['at']}{why}. What it returned:", style="yellow"))
+        console.print(command_to_type(f"  kitaru step {said['of']} '{view['step']}'"))
     for past in view["earlier"]:
         console.print(Text(f"tried before in leg {past['leg']}: {past['failure'] or past['status']}", style="yellow"))
     for name, tree in view["inputs"].items():

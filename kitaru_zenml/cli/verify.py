@@ -51,12 +51,13 @@ def _differences(found: PipelineRunResponse, journal: Journal) -> list[str]:
 
     damaged: list[Exception] = []
     try:
-        records = journal.load(on_corrupt=damaged.append).records
+        snapshot = journal.load(on_corrupt=damaged.append)
     except JournalGap:
         return []
     if damaged:  # step runs of records that cannot be read would look like ZenML's inventions
         return []
-    return compare(records, depaginate(Client().list_run_steps, pipeline_run_id=found.id, hydrate=True))
+    steps = depaginate(Client().list_run_steps, pipeline_run_id=found.id, hydrate=True)
+    return compare(snapshot.records, steps, snapshot.reused, {*snapshot.untaken, *snapshot.overridden})
 
 
 def _print(view: dict[str, Any], pending: bool) -> None:

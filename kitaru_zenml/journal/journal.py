@@ -71,10 +71,14 @@ class Snapshot:
         """The records that a person gave this fork, by key."""
         return {key: self.records[key] for key in (self.fork.overridden if self.fork else ()) if key in self.records}
 
+    @property
+    def untaken(self) -> set[str]:
+        """Reused records that no call of a leg that ended in order took."""
+        return self.reused.keys() - {key for event in self.events if isinstance(event, LegClosedEvent) for key in event.covers}
+
     def not_asked_for(self) -> set[str]:
-        """Reused records that no call took, as far as that is known: once a leg has come to the flow's end, or by what took their place."""
-        taken = {key for event in self.events if isinstance(event, LegClosedEvent) for key in event.covers}
-        left = self.reused.keys() - taken
+        """Reused records that no call will take: the flow came to its end without them, or something else took their place."""
+        left = self.untaken
         if self.last_close is not None and self.last_close.status == "completed":
             return set(left)
         own = [r for key, r in self.records.items() if key not in self.reused]

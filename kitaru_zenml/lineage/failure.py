@@ -195,9 +195,15 @@ def _commands(run_id: str, step: str | None, failed: bool) -> tuple[Command, ...
         Command(want="see the whole run", command=f"kitaru show {run_id}"),
     ]
     if step is not None:
-        which = "the failed step" if failed else "the last finished step"
+        which, quoted = "the failed step" if failed else "the last finished step", shlex.quote(step)
+        given = shlex.quote(f"{step}=VALUE")
         commands += [
-            Command(want=f"see {which}", command=f"kitaru step {run_id} {shlex.quote(step)}"),
+            Command(want=f"see {which}", command=f"kitaru step {run_id} {quoted}"),
+            Command(want=f"run again from {which}, as a new run", command=f"kitaru replay {run_id} --from {quoted}"),
+            Command(
+                want=f"go on in a new run as if {which} had returned VALUE (JSON)",
+                command=f"kitaru replay {run_id} --override {given}",
+            ),
         ]
     return tuple(commands)
 

@@ -22,7 +22,7 @@ STORED: dict[str, r.Stored] = {
     ),
     "step": r.StepRecord(
         nonce="n2", run_id=RUN, epoch=1, path="/audit@0123456789#.0/fetch@3fa2c1d09b#~0.0", name="fetch", ordinal=3, equal=0, number=4,
-        digest="3fa2c1d09b", turn=("~0", 0), scopes=(SCOPE,), arguments={"url": "ab"}, inputs={"url": {"$outcome": "plan-1"}},
+        began=2, digest="3fa2c1d09b", turn=("~0", 0), scopes=(SCOPE,), arguments={"url": "ab"}, inputs={"url": {"$outcome": "plan-1"}},
         known={"/url": "d1"}, outcome=r.JsonValue(data={"status": 200}), outcome_digest="d2",
         attempts=(r.Attempt(started_at=AT, ended_at=AT, failure=FAILURE),), after=("plan-1",), idempotency_key="k",
         usage=r.Usage(model="m", input_tokens=1, output_tokens=2, cost=0.5), metadata={"a": 1}, started_at=AT, ended_at=AT,
@@ -32,6 +32,13 @@ STORED: dict[str, r.Stored] = {
         number=5, digest="ff", turn=("", 0), failure=FAILURE, at_most_once=True, started_at=AT, ended_at=AT,
     ),
     "started": r.StartedMarker(nonce="n4", run_id=RUN, epoch=1, scope=SCOPE, generation=0, started_at=AT),
+    "fork": r.Fork(
+        nonce="n9", run_id=RUN, origin="8a1d1c1e-0000-4000-8000-000000000000", reuse="unchanged", start="audit#0/fetch#3", cut=4,
+        reused={"8a1d1c1e-0000-4000-8000-000000000000": {"plan-1": "h"}}, overridden={"fetch-1": "audit#0/fetch#3"},
+        inputs={"package": "zenml"}, label="why", by="ann", at=AT,
+    ),
+    "fork_marker": r.ForkMarker(nonce="n10", run_id=RUN, fork="8a1d1c1e-0000-4000-8000-000000000002", at=AT),
+    "deletion": r.Deletion(nonce="n11", run_id=RUN, at=AT, by="ann"),
     "lease": r.Lease(
         nonce="n5", run_id=RUN, epoch=1, holder=r.Holder(host="h", boot="b", pid=1, started=1.5), purpose="run", lapse_seconds=30,
         taken_at=AT,
@@ -56,6 +63,11 @@ def test_the_golden_object_reads_as_it_was(name: str) -> None:
     data, body = (GOLDEN / f"{name}.json").read_bytes(), STORED[name]
     read = r.unseal_event(data, name) if name in ("retry", "retire", "leg_closed") else r.unseal(type(body), data, name)
     assert read == body
+
+
+def test_a_record_from_before_it_said_when_its_step_began_is_read() -> None:
+    old = r.unseal(r.StepRecord, (GOLDEN / "step_without_began.json").read_bytes(), "x")
+    assert old.began == -1 and old.number == 4
 
 
 def test_an_unknown_field_of_a_later_version_is_ignored() -> None:

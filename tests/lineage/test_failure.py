@@ -53,6 +53,8 @@ def test_a_report_names_the_innermost_failing_step_and_how_to_go_on(scene: Scene
         f"kitaru resume {run}",
         f"kitaru show {run}",
         f"kitaru step {run} 'agent#0/pay#0'",
+        f"kitaru replay {run} --from 'agent#0/pay#0'",
+        f"kitaru replay {run} --override 'agent#0/pay#0=VALUE'",
     ]
     page = check(report_view(report))
     assert "slow#0" in page
