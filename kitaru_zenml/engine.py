@@ -43,7 +43,7 @@ from kitaru_zenml.errors import (
 )
 from kitaru_zenml.identity import Branch, Claims, Counts, CurrentStep, Here, Known, call_prefix
 from kitaru_zenml.inputs import REFERENCE_FROM, Inputs, References, canonical, digest_inputs, reference_digest
-from kitaru_zenml.journal.journal import Snapshot, new_nonce
+from kitaru_zenml.journal.journal import ASKED_FOR, Snapshot, new_nonce
 from kitaru_zenml.journal.records import (
     Attempt,
     Failure,
@@ -75,7 +75,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kitaru_zenml")
 
-ASKED_FOR = "asked_for"  # in the metadata of a fork's own outcome: which of the records it was given
 SPLICE_FROM = 4096  # bytes
 TICK = 0.02  # seconds without an engine call, while other branches live
 TICKS_TO_TAKE_EQUAL = 2
@@ -125,14 +124,14 @@ class Engine:
         self._given = {*snapshot.reused, *snapshot.overridden}  # keys of what the fork began with
         self._overridden = set(snapshot.overridden)
         self._given_inside: dict[str, list[_Given]] = {}  # by the path of each scope around, and by its own
-        self._taken: set[str] = set()
+        self._taken: set[str] = set()  # of them, by calls
         self._load(snapshot)
 
     # --- what the journal knows ---
 
     def _load(self, snapshot: Snapshot) -> None:
         current, opened = snapshot.current(), snapshot.generations
-        root = current.pop("/", None)
+        current.pop("/", None)
         own: set[str] = set()  # paths that this run itself has come to
         for key, record in snapshot.records.items():
             around_and_it = {record.path, *(scope.path for scope in record.scopes)}
@@ -146,10 +145,8 @@ class Engine:
         begun: list[StartedMarker | OpenWait] = [*snapshot.markers.values(), *snapshot.waits.values()]
         for one in begun:
             own |= {one.scope.path, *(scope.path for scope in one.scopes)}
-        for key in root.metadata.get(ASKED_FOR, ()) if root is not None else ():
-            self._taken.add(key)
-            if key in self.reused:
-                self.covers[key] = self.reused[key].sha256
+        self._taken = snapshot.asked_for() if self._given else set()
+        self.covers |= {key: self.reused[key].sha256 for key in self._taken if key in self.reused}
         known: dict[str, Known] = {}
         inside: dict[str, tuple[Scope, ...]] = {}
         for record in snapshot.records.values():

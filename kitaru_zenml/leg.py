@@ -37,7 +37,6 @@ from kitaru_zenml import progress
 from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.codec import encode_failure, paths_on_chain
 from kitaru_zenml.conditions import Conditions, close_pending
-from kitaru_zenml.engine import ASKED_FOR
 from kitaru_zenml.errors import (
     ForkIncomplete,
     KitaruError,
@@ -242,8 +241,9 @@ def _run_leg(
         recorder.start()
         if snapshot.records:
             given = {*snapshot.reused, *snapshot.overridden}  # shown when a call takes them
-            earlier = sorted(snapshot.records.keys() - given, key=lambda k: snapshot.records[k].number)
-            recorder.reconcile_later([key for key in earlier if snapshot.records[key].is_shown])
+            known = (snapshot.records.keys() - given) | snapshot.asked_for()
+            in_order = sorted((snapshot.records[key] for key in known), key=lambda record: record.number)
+            recorder.reconcile_later([record.object_key for record in in_order if record.is_shown])
         if report is not None:
             report.on_started(run.id)
         snapshot.records.clear()  # the engine holds what it needs until it is delivered
@@ -259,20 +259,6 @@ def _run_leg(
     except BaseException:
         lease.release()
         raise
-
-
-def _to_reconcile(snapshot: Snapshot) -> list[str]:
-    """The records that must be in ZenML by now, in order: the run's own, and what of a fork's given ones was asked for."""
-    records, given = snapshot.records, {*snapshot.reused, *snapshot.overridden}
-    own = records.keys() - given
-    taken = snapshot.reused.keys() - snapshot.untaken
-    for record in (records[key] for key in own):
-        taken |= {
-            *record.after,
-            *(key for keys in references(record.inputs).values() for key in keys),
-            *record.metadata.get(ASKED_FOR, ()),
-        }
-    return sorted(own | (given & taken), key=lambda key: records[key].number)
 
 
 def _drift_choice(snapshot: Snapshot, lease: HeldLease, flow: Flow[Any, Any]) -> OnDrift:

@@ -81,9 +81,10 @@ def run_leg(
     *,
     options: FlowOptions | None = None,
     on_drift: str = "raise",
+    run_id: str = "run",
 ) -> tuple[Ended, Execution]:
     """Run one leg of a run whose journal is in `store`; raises `Crash` if it died."""
-    journal = Journal(store, "run")
+    journal = Journal(store, run_id)
     lease = take_lease(journal, purpose="run", takeover=True)
     snapshot = journal.load()
     execution = Execution(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kitaru_zenml.errors import CorruptRecord, JournalGap, RunBeingDeleted
+from kitaru_zenml.inputs import references
 from kitaru_zenml.journal.records import (
     Beat,
     Fork,
@@ -39,6 +40,7 @@ from kitaru_zenml.journal.records import (
 )
 from kitaru_zenml.journal.store import ObjectNotFound, Store
 
+ASKED_FOR = "asked_for"  # in the metadata of a fork's own outcome: which of the records it was given
 AnyEvent = RetryEvent | RetireEvent | LegClosedEvent
 
 
@@ -75,6 +77,27 @@ class Snapshot:
     def untaken(self) -> set[str]:
         """Reused records that no call of a leg that ended in order took."""
         return self.reused.keys() - {key for event in self.events if isinstance(event, LegClosedEvent) for key in event.covers}
+
+    def asked_for(self) -> set[str]:
+        """Of what a fork was given, what its calls are known to have taken: a closed leg covers it, or its own records show it.
+
+        What is taken is covered when a leg closes. After a leg that was killed, a step that it finished is not asked again, nor what the
+        step took: that shows by what lies inside the step, and what records refer to.
+        """
+        given = {*self.reused, *self.overridden}
+        own = [record for key, record in self.records.items() if key not in given]
+        found = self.reused.keys() - self.untaken
+        for record in own:
+            referred = (key for keys in references(record.inputs).values() for key in keys)
+            found |= {*record.after, *referred, *record.metadata.get(ASKED_FOR, ())}
+        found &= given
+        finished = {record.path for record in own} | {self.records[key].path for key in found}
+        turns = {(record.scope.group, record.turn) for record in own}
+        for key in given - found:
+            record = self.records[key]
+            if (record.scope.group, record.turn) not in turns and any(scope.path in finished for scope in record.scopes):
+                found.add(key)
+        return found
 
     def not_asked_for(self) -> set[str]:
         """Reused records that no call will take: the flow came to its end without them, or something else took their place."""
