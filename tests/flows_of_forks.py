@@ -102,7 +102,7 @@ def broken(n: int) -> int:
 
 
 @flow
-def failing(n: int) -> int:
+def breaking(n: int) -> int:
     read(n)
     return broken(n) + 1
 

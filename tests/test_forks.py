@@ -196,18 +196,18 @@ def test_an_overridden_step_is_taken_though_its_inputs_changed_too() -> None:
 
 def test_a_failed_run_goes_on_in_a_fork_with_the_failed_steps_outcome() -> None:
     with pytest.raises(ConnectionError) as failed:
-        flows.failing.run(1)
+        flows.breaking.run(1)
     run_id = failed.value.__notes__[0].split()[1]
     RAN.clear()
-    assert flows.failing.replay(run_id, overrides={"broken#0": 41}).result() == 42
+    assert flows.breaking.replay(run_id, overrides={"broken#0": 41}).result() == 42
     assert RAN == []
     with pytest.raises(ConnectionError) as failed:
-        flows.failing.replay(run_id, from_="broken#0")
+        flows.breaking.replay(run_id, from_="broken#0")
     assert RAN == ["broken"]
     fork_id = failed.value.__notes__[0].split()[1]
     RAN.clear()
     with pytest.raises(ConnectionError):
-        flows.failing.resume(fork_id)
+        flows.breaking.resume(fork_id)
     assert RAN == ["broken"]
     assert_whole(fork_id)
 
