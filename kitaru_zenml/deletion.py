@@ -18,7 +18,7 @@ from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.errors import RunHasForks, RunNotFound
 from kitaru_zenml.journal.journal import Journal, new_nonce
 from kitaru_zenml.journal.lease import take_lease
-from kitaru_zenml.journal.records import Deletion, deletion_name, fork_name, marker_folder, marker_name, run_folder, seal
+from kitaru_zenml.journal.records import Deletion, deletion_name, fork_name, marker_name, run_folder, seal
 from kitaru_zenml.journal.store import ObjectNotFound
 from kitaru_zenml.options import FlowOptions
 from kitaru_zenml.runs import artifact_store_of, find_run, flow_options
@@ -77,12 +77,11 @@ def refuse_forks(journal: Journal) -> None:
     Raises:
         RunHasForks: Naming them.
     """
-    names = journal.store.list(marker_folder(journal.run_id))
-    forks = [name.rpartition("/")[2].removesuffix(".json") for name in names if name.endswith(".json")]
+    forks = journal.forks()
     alive = [fork for fork in forks if _is_there(journal, fork)]
     if alive:
         raise RunHasForks(journal.run_id, alive)
-    journal.store.delete(names)
+    journal.store.delete(marker_name(journal.run_id, fork) for fork in forks)
 
 
 def _is_there(journal: Journal, fork: str) -> bool:

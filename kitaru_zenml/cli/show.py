@@ -38,8 +38,8 @@ def command(run: str, watch: bool, output: str) -> Any:
     JSON: {run, name, flow, status, created, legs: [{epoch, purpose, holder, taken_at}], executing, totals: {finished, failed, in_flight,
     kept_from_earlier_legs, reused, tokens, cost}, steps: [{step, path, kind, status, reused_from, override, leg, kept, attempts,
     generation, seconds, tokens, cost, model, started_at, failure}], open: {path: [names]}, replay_of, next}. `replay_of` is {run, start,
-    reuse, label, by} of a fork; what it reuses counts neither tokens nor cost. A step's status is finished, failed, in flight, waiting, cut off (its
-    process is gone) or in doubt. With --watch, the JSON is that of the end.
+    reuse, label, by} of a fork; what it reuses counts neither tokens nor cost. A step's status is finished, failed, in flight, waiting, cut
+    off (its process is gone) or in doubt. With --watch, the JSON is that of the end.
     """
     if not watch:
         view = look(run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kitaru_zenml.errors import CorruptRecord, JournalGap, RunBeingDeleted
@@ -269,6 +269,12 @@ class Journal:
             name = step_name(self._reused[key], key)
             return unseal(StepRecord, self.store.get(name), name)
 
+    def records(self, keys: Sequence[str]) -> list[StepRecord]:
+        """Some records of the run itself, read at once; those that do not exist are left out."""
+        names = [step_name(self.run_id, key) for key in keys]
+        found = zip(names, self.store.get_many(names), strict=True)
+        return [unseal(StepRecord, data, name) for name, data in found if data is not None]
+
     def of(self, record: StepRecord) -> Journal:
         """The journal in which what a record refers to is to be looked up: that of the run that stored it."""
         return self if record.run_id == self.run_id else Journal(self.store, record.run_id)
@@ -316,6 +322,16 @@ class Journal:
             if isinstance(event, LegClosedEvent):
                 return event
         return None
+
+    def open_waits(self) -> list[OpenWait]:
+        """What the run waits for, the oldest first: stored waits without a record. Answered ones that nobody consumed are among them."""
+        folder = run_folder(self.run_id)
+        finished = {name.rpartition("/")[2] for name in self.store.list(folder + "steps/")}
+        names = [name for name in self.store.list(folder + "waits/") if name.rpartition("/")[2] not in finished]
+        found = [
+            unseal(OpenWait, data, n) for n, data in zip(names, self.store.get_many(names), strict=True) if data is not None
+        ]
+        return sorted(found, key=lambda wait: (wait.asked_at, wait.display))
 
     def leases(self) -> list[Lease]:
         """Every lease ever taken, oldest first: the run's legs."""

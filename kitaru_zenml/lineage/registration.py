@@ -72,7 +72,7 @@ class Pending:
     original: Original | None = None  # its step run there
 
     @property
-    def is_shown(self) -> bool:
+    def has_artifact(self) -> bool:
         """Whether its artifact version is there already: a native step's, or that of the run that holds the record."""
         return self.artifact is not None or (self.home is None and self.record.step_run is not None)
 
@@ -209,7 +209,7 @@ class Registration:
             pending.artifact_in_doubt = pending.artifact is None  # that run may be about to register it, too
 
     def _write_views(self, work: Sequence[Pending]) -> None:
-        missing = [p for p in work if not p.has_view and not p.is_shown]
+        missing = [p for p in work if not p.has_view and not p.has_artifact]
         if len(missing) > 1 and "://" in self.store.uri:
             with ThreadPoolExecutor(_VIEW_THREADS, thread_name_prefix="kitaru-view") as pool:
                 list(pool.map(self._write_view, missing))
@@ -255,7 +255,7 @@ class Registration:
         return place.step if place else None
 
     def _create_artifacts(self, work: Sequence[Pending]) -> None:
-        missing = [p for p in work if not p.is_shown]
+        missing = [p for p in work if not p.has_artifact]
         doubtful = [p for p in missing if p.artifact_in_doubt]
         if doubtful:
             self._find_artifacts(doubtful)
