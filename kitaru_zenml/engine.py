@@ -316,6 +316,26 @@ class Engine:
             raise error
         return value
 
+    def enter(self, call: Call, here: Here, caller: Caller) -> Steps:
+        """Open a scope that has no outcome of its own; returns it.
+
+        Raises:
+            RunHalted: If the run must stop.
+        """
+        try:
+            yield from self._boundary()
+            _, scope = yield from self._resolve(call, here, caller)
+        except KitaruError as problem:
+            raise self.halt(problem) from problem.__cause__
+        return scope
+
+    def leave(self, scope: Scope, here: Here) -> None:
+        """The scope is done. Inside a step its numbers are kept, because a retry of that step opens it again."""
+        with self.lock:
+            self._activity += 1
+            if not here.scopes:
+                self._forget_inside(scope.path)
+
     def finish(self, flow: str, parameters: dict[str, Any], returns: Any, value: Any) -> Steps:
         """Store the flow's own outcome, under the path "/"; returns it as a replay gives it.
 
