@@ -3,6 +3,7 @@
 #   make demo [STACK=s3]    the main job: audit, kill -9, resume, proof
 #   make test               the tests, crash sweeps sampled
 #   make crash-sweep        every store operation of every flow as a crash point
+#   make soak               200 runs over 3 workers, while flows and workers are killed for 10 minutes
 #   make bench              what a step costs; writes bench/results/
 #   make lint types         ruff, mypy
 
@@ -15,7 +16,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash-sweep bench lint types clean
+.PHONY: help setup demo test crash-sweep soak bench lint types clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 crash-sweep: $(STAMP)
 	KITARU_SWEEP=all $(BIN)/python -m pytest -q -n $(JOBS) -m sweep $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python bench/step_overhead.py $(ARGS)
