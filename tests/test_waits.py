@@ -126,6 +126,17 @@ def test_several_questions_are_open_at_once_and_answered_in_any_order(effects: P
     assert sorted(done) == sorted([f"prepare {i}" for i in range(3)] + ["refund 0 yes", "refund 1 yes", "refund 2 no"])
 
 
+def test_an_answer_in_zenml_is_taken_also_by_a_leg_that_asks_another_question_first() -> None:
+    handle = flows.asking_in_another_order.run()
+    shown = conditions.pending(handle.id)
+    assert shown is not None and shown.name == "left#0"
+    Client().resolve_run_wait_condition(shown.id, resolution="continue", result="yes")
+    assert resume(handle.id).status == "paused"
+    assert [q.wait for q in client.waits(handle.id)] == ["right#0"]
+    client.answer(handle.id, "no")
+    assert resume(handle.id).result() == ["yes", "no"]
+
+
 def test_waits_inside_running_steps_replay_what_the_step_did_before(effects: Path) -> None:
     handle = flows.asking_in_steps.run()
     client.answer(handle.id, [7], wait="ask_in_step#1/right#0")
