@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from zenml.utils import source_utils
+
 from examples.refund_approval import model
 from examples.refund_approval.flow import refund_approval
 from examples.refund_approval.shop import Shop
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 
 
 def main() -> None:
@@ -19,6 +22,8 @@ def main() -> None:
     parser.add_argument("--orders", type=Path, default=HERE / "orders.csv", help="orders table (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("refund-approval"), help="of ledger and outbox (%(default)s)")
     options = parser.parse_args()
+    # ZenML would take this file's folder for the root of the sources, and then not find the flow from another process.
+    source_utils.set_custom_source_root(str(ROOT))
 
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

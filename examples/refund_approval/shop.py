@@ -83,7 +83,9 @@ def find_order(table: str, number: str) -> Order | None:
     if row is None:
         return None
     cents = round(float(row["total"]) * 100)
-    return Order(number=number, customer=row["customer"], email=row["email"], item=row["item"], cents=cents, status=row["status"])
+    return Order(
+        number=number, customer=row["customer"], email=row["email"], item=row["item"], cents=cents, status=row["status"]
+    )
 
 
 def write_mail(outbox: str, name: str, to: str, text: str) -> str:
