@@ -74,12 +74,13 @@ def show(stage: Stage) -> None:
 def answer_in_zenml(run_id: str) -> str | None:
     """Approve what ZenML shows of the run, as its dashboard does; the question, if it shows one."""
     from zenml.client import Client
+    from zenml.enums import RunWaitConditionResolution
 
     shown = Client().list_run_wait_conditions(pipeline_run=run_id, status="pending", hydrate=True).items
     if not shown:
         return None
     result: dict[str, Any] = {"approve": True, "note": "seen in the dashboard"}
-    Client().resolve_run_wait_condition(shown[0].id, resolution="continue", result=result)
+    Client().resolve_run_wait_condition(shown[0].id, resolution=RunWaitConditionResolution.CONTINUE, result=result)
     return shown[0].question
 
 

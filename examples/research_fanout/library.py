@@ -53,10 +53,11 @@ def read_module(module: str) -> list[Passage]:
 def _passages(file: Path) -> list[Passage]:
     found = []
     for node in ast.parse(file.read_text(errors="replace")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-            if text := ast.get_docstring(node):
-                source = f"{file.relative_to(LIBRARY)}:{node.lineno}"
-                found.append(Passage(name=node.name, source=source, text=_paragraph(text)))
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+            continue
+        if text := ast.get_docstring(node):
+            source = f"{file.relative_to(LIBRARY)}:{node.lineno}"
+            found.append(Passage(name=node.name, source=source, text=_paragraph(text)))
     return found
 
 
