@@ -1,6 +1,8 @@
 # Everything runs in .venv, which is made when it is missing or older than what it is made of. Needs Python 3.11 and a package registry.
 #
 #   make demo [STACK=s3]    the main job: audit, kill -9, resume, proof
+#   make demo-refunds       refunds wait for people, while no process runs
+#   make demo-research      a planner and its child runs, one corrected by a fork
 #   make test               the tests, crash sweeps sampled
 #   make crash-sweep        every store operation of every flow as a crash point
 #   make soak               200 runs over 3 workers, while flows and workers are killed for 10 minutes
@@ -16,7 +18,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash-sweep soak bench lint types clean
+.PHONY: help setup demo demo-refunds demo-research test crash-sweep soak bench lint types clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -30,6 +32,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.license_audit.demo --stack $(STACK) $(ARGS)
+
+demo-refunds: $(STAMP)
+	$(BIN)/python -m examples.refund_approval.demo $(ARGS)
+
+demo-research: $(STAMP)
+	$(BIN)/python -m examples.research_fanout.demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)

@@ -202,6 +202,7 @@ class Conditions:
         self._changed, self._closing = threading.Event(), False
         self._posted: RunWaitConditionResponse | None = None
         self._closed: set[str] = set()  # names of conditions whose waits ended in this leg
+        self._seen: set[str] = set()  # keys of waits that were looked for in what ZenML had resolved before this leg asked them
         self._thread: threading.Thread | None = None
 
     def opened(self, wait: OpenWait) -> None:
@@ -237,8 +238,9 @@ class Conditions:
         waits = list(self._waits())
         if not any(w.kind == "wait" for w in waits):
             return False
+        if self._adopt_earlier(waits):
+            return True
         if self._posted is None:
-            adopt_resolved(self._run, self._inbox.journal, waits, self._inbox)
             self._posted = post_next(self._run, self._inbox.journal, waits, self._inbox)
         if self._posted is None:
             return True  # all are answered
@@ -262,8 +264,9 @@ class Conditions:
     def _turn(self) -> bool:
         """Bring ZenML and the journal to agree; whether there may be more to do at once."""
         waits, journal = list(self._waits()), self._inbox.journal
+        if self._adopt_earlier(waits):
+            self._look()
         if self._posted is None:
-            adopt_resolved(self._run, journal, waits, self._inbox)
             self._posted = post_next(self._run, journal, waits, self._inbox)
             if self._posted is not None:
                 self._lease(RunWaitConditionLeaseMode.REFRESH)
@@ -284,6 +287,17 @@ class Conditions:
         self._inbox.refresh()
         self._look()
         return True
+
+    def _adopt_earlier(self, waits: Sequence[OpenWait]) -> bool:
+        """Take over what ZenML held when this leg asked a wait again; whether there was something.
+
+        Of each wait once, and of all while nothing is posted: the waits come one by one, and the first may be posted before the one is
+        asked that was answered in ZenML between two legs.
+        """
+        asked = [wait for wait in waits if self._posted is None or wait.key not in self._seen]
+        found = adopt_resolved(self._run, self._inbox.journal, asked, self._inbox)
+        self._seen.update(wait.key for wait in asked)
+        return found
 
     def _lease(self, mode: RunWaitConditionLeaseMode) -> RunWaitConditionStatus:
         assert self._posted is not None

@@ -61,6 +61,19 @@ async def asking_in_branches(n: int) -> list[str]:
     return list(await asyncio.gather(*(refund(i) for i in range(n))))
 
 
+@flow(grace=2)
+async def asking_in_another_order() -> list[str]:
+    """Asks for `left` first in its first leg, and last in every other."""
+    again = os.path.exists(os.environ["EFFECTS"] + ".asked")
+    open(os.environ["EFFECTS"] + ".asked", "a").close()
+
+    async def ask(name: str, delay: float) -> str:
+        await asyncio.sleep(delay)
+        return str(await wait(name, schema=str))
+
+    return list(await asyncio.gather(ask("left", 1.0 if again else 0.0), ask("right", 0.0 if again else 1.0)))
+
+
 @checkpoint
 def ask_in_step(name: str) -> Any:
     first = prepare(1)

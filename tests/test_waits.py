@@ -6,6 +6,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zenml.client import Client
@@ -126,6 +127,17 @@ def test_several_questions_are_open_at_once_and_answered_in_any_order(effects: P
     assert sorted(done) == sorted([f"prepare {i}" for i in range(3)] + ["refund 0 yes", "refund 1 yes", "refund 2 no"])
 
 
+def test_an_answer_in_zenml_is_taken_also_by_a_leg_that_asks_another_question_first() -> None:
+    handle = flows.asking_in_another_order.run()
+    shown = conditions.pending(handle.id)
+    assert shown is not None and shown.name == "left#0"
+    Client().resolve_run_wait_condition(shown.id, resolution="continue", result="yes")
+    assert resume(handle.id).status == "paused"
+    assert [q.wait for q in client.waits(handle.id)] == ["right#0"]
+    client.answer(handle.id, "no")
+    assert resume(handle.id).result() == ["yes", "no"]
+
+
 def test_waits_inside_running_steps_replay_what_the_step_did_before(effects: Path) -> None:
     handle = flows.asking_in_steps.run()
     client.answer(handle.id, [7], wait="ask_in_step#1/right#0")
@@ -164,6 +176,43 @@ def test_a_wait_times_out_by_its_stored_deadline(default: bool, result: str) -> 
     time.sleep(max(0.0, (question.deadline - datetime.now(UTC)).total_seconds()))
     assert resume(handle.id).result() == result
     assert conditions.pending(handle.id) is None
+
+
+def test_a_late_answer_counts_until_the_run_has_timed_out() -> None:
+    slow, late = (flows.asking_with_timeout.run(2.0, True) for _ in range(2))
+    time.sleep(2.1)
+    client.answer(late.id, "just in time")
+    assert resume(late.id).result() == "just in time"
+    assert resume(slow.id).result() == "nobody"
+    with pytest.raises(NoSuchWait):
+        client.answer(slow.id, "too late")
+
+
+def test_an_answer_in_zenml_while_the_run_suspends_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    close, answered = conditions.Conditions.close, list[str]()
+
+    def answered_meanwhile(board: conditions.Conditions, *, suspending: bool) -> bool:
+        if suspending and not answered and (shown := conditions.pending(board._run.id)) is not None:
+            answered.append(shown.name)
+            Client().resolve_run_wait_condition(shown.id, resolution="continue", result={"ok": True})
+        return close(board, suspending=suspending)
+
+    monkeypatch.setattr(conditions.Conditions, "close", answered_meanwhile)
+    handle = flows.asking.with_options(grace=2.0).run(1)
+    assert answered == ["approve#0"] and handle.result() == "spent 2"
+
+
+def test_of_the_dashboard_and_the_command_line_the_first_in_zenml_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, resolve = flows.asking.run(1), conditions.resolve
+
+    def too_late(condition: Any, value: Any) -> Any:
+        Client().resolve_run_wait_condition(condition.id, resolution="continue", result={"ok": False})
+        return resolve(condition, value)
+
+    monkeypatch.setattr(conditions, "resolve", too_late)
+    with pytest.raises(AlreadyAnswered):
+        client.answer(handle.id, {"ok": True})
+    assert resume(handle.id).result() == "kept"
 
 
 def test_an_abort_in_zenml_stops_the_run() -> None:
