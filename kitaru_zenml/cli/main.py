@@ -17,6 +17,7 @@ COMMANDS = {
     "answer": ("answer", "Answer a question of a run, and continue the run."),
     "send": ("send", "Send an event to a run."),
     "cancel": ("cancel", "Stop a run at its next boundary, and its child runs."),
+    "worker": ("worker", "Continue runs on their own: crashed, answered, due. Any number of workers."),
     "settle": ("settle", "Say what happened to an at-most-once step whose outcome is unknown."),
     "failure": ("failure", "Show why a run ended, and how to go on."),
     "verify": ("verify", "Recompute every hash of a run and compare its journal with ZenML."),
