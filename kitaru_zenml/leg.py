@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kitaru_zenml")
 DRAIN_PATIENCE = 600.0  # seconds that the end of a leg waits for a ZenML server that is down
+REASON = 255  # characters that ZenML takes for a status
 LET_GO_PATIENCE = 1.0  # seconds that an interrupted leg waits for it
 
 
@@ -378,7 +379,7 @@ class _Fence:
     def _stop(self, ended: Ended) -> None:
         run = Client().zen_store.get_run(self._runner.run.id)
         if not run.status.is_finished:
-            update = PipelineRunUpdate(status=ExecutionStatus.STOPPED, status_reason=str(ended.error))
+            update = PipelineRunUpdate(status=ExecutionStatus.STOPPED, status_reason=str(ended.error)[:REASON])
             run = Client().zen_store.update_run(run.id, update)
         self._runner._run = run
 

@@ -45,12 +45,16 @@ def command(config: Path | None, verbose: bool, output: str, **told: Any) -> Any
     if "stack" in given:
         given["stacks"] = tuple(given.pop("stack"))
     settings = read_settings(config, given)
+    from kitaru_zenml.worker.children import Children
+
+    children = Children(settings.log_format, settings.limits)
+    children.keep_spare()  # it gets warm while this process imports ZenML
     from kitaru_zenml.worker.worker import Worker
 
     log_to_stderr(settings.log_format)
     if verbose:
         logging.getLogger("kitaru_zenml.worker").setLevel(logging.DEBUG)
-    return Worker(settings).run()
+    return Worker(settings, children).run()
 
 
 def _limit(text: str) -> tuple[str, int]:

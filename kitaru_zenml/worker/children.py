@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+from kitaru_zenml.limits import LIMITS, Limits
 from kitaru_zenml.worker.child import PRELOADED, Order, Outcome, main
 
 SPARE_RETRY = 5.0  # seconds before another spare is started when one died unused
@@ -42,9 +46,17 @@ class Child:
 
 
 class Children:
-    """The worker's child processes."""
+    """The worker's child processes.
 
-    def __init__(self, log_format: str) -> None:
+    Args:
+        log_format: Of their log.
+        limits: Sizes of the named limits.
+    """
+
+    def __init__(self, log_format: str, limits: dict[str, int]) -> None:
+        self._slots = Path(tempfile.mkdtemp(prefix="kitaru-worker-"))
+        os.environ[LIMITS] = Limits(self._slots, limits).to_environment()
+        os.environ["KITARU_PROGRESS"] = "plain"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._log_format = log_format
@@ -120,6 +132,11 @@ class Children:
         return self._spare is not None and self._spare.is_ready
 
     # --- ending ---
+
+    def close(self) -> None:
+        """Nothing runs any more."""
+        self.close_spare()
+        shutil.rmtree(self._slots, ignore_errors=True)
 
     def close_spare(self) -> None:
         """No new run will be started."""

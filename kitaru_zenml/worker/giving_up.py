@@ -25,7 +25,7 @@ from kitaru_zenml.runs import PARENT, artifact_store_of, find_run, flow_options
 
 
 def give_up(run_id: str, why: str, watched: tuple[int, int] | None = None) -> None:
-    """End a run whose process dies again and again.
+    """End a run whose process dies again and again, or whose failure ZenML does not show.
 
     Raises:
         RunIsLeased: If somebody executes it after all.
@@ -67,8 +67,12 @@ def _end(
             raise RunFinished(str(run.id), run.status.value)
         snapshot = journal.load(on_corrupt=lambda _: None)
         died = max((held.epoch for held in journal.leases() if held.purpose not in ("settle", "give up")), default=lease.epoch)
+        told = snapshot.last_close
+        if told is not None and told.status == "failed" and told.failure is not None and told.epoch >= died:
+            error, ending = codec.decode_failure(told.failure), "raised"  # it has failed; only ZenML does not show it
+        else:
+            _close(journal, snapshot, lease, error)
         leg.report_failure(run, journal, died, ending, error, snapshot=snapshot)
-        _close(journal, snapshot, lease, error)
         lease.check()
         _publish(run, str(error))
     finally:
@@ -91,5 +95,5 @@ def _close(journal: Journal, snapshot: Snapshot, lease: HeldLease, error: BaseEx
 
 def _publish(run: PipelineRunResponse, reason: str) -> None:
     if not run.status.is_finished:
-        update = PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason[:500])
+        update = PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason[: leg.REASON])
         Client().zen_store.update_run(run.id, update)

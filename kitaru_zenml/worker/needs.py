@@ -99,8 +99,6 @@ def read_facts(journal: Journal) -> Facts:
     cancelled = cancel_name(journal.run_id) in inbox
     released = beat is not None and beat.released
     gone = not released and is_gone(lease.holder)
-    if not released and not gone:  # it lives, or only time tells
-        return Facts(lease, beat, None, gone, inbox=len(inbox), cancelled=cancelled)
     close = _close_of(journal, epoch)
     waits = _suspended_on(journal, close) if close is not None and close.status == "paused" else ()
     answered = frozenset(w.key for w in waits if w.kind == "wait" and _has_answer(journal.run_id, w.key, inbox))
@@ -239,6 +237,8 @@ def decide(facts: Facts, status: ExecutionStatus, moment: Moment, ask: Asked, ma
         return Leave(f"it is {status.value}")
     if facts.lease is None:
         return _never_began(status, moment, ask)
+    if facts.close is not None and facts.close.status == "failed":
+        return GiveUp("it has failed, which ZenML does not show", None if facts.released or facts.gone else facts.watched)
     if not facts.released:
         return _dead(facts, moment, ask, max_crashes)
     if facts.cancelled and (facts.close is not None or status == ExecutionStatus.PAUSED):

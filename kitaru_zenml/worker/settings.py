@@ -1,11 +1,11 @@
-"""What a worker can be told, by command line or by a TOML file:
+"""What a worker can be told, by command line or by a TOML file.
 
-concurrency = 8
-stacks = ["production"]
-max_crashes = 3
-[limits]
-gpu = 1
-provider = 4
+The file has the fields of `Settings` as keys, `limits` as a table:
+
+    concurrency = 8
+    stacks = ["production"]
+    [limits]
+    gpu = 1
 """
 
 from __future__ import annotations

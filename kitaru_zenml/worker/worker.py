@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from zenml.enums import ExecutionStatus
@@ -25,7 +22,6 @@ from kitaru_zenml import conditions, leg
 from kitaru_zenml.errors import KitaruError, StoreUnavailable
 from kitaru_zenml.journal.inbox import Inbox
 from kitaru_zenml.journal.journal import Journal
-from kitaru_zenml.limits import LIMITS, Limits
 from kitaru_zenml.runs import PARENT, flow_options, run_stack
 from kitaru_zenml.worker import metrics as numbers
 from kitaru_zenml.worker.agenda import Agenda
@@ -86,10 +82,11 @@ class Worker:
 
     Args:
         settings: How it works.
+        children: Its processes, which get warm while this one does.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, children: Children) -> None:
+        self.settings, self.children = settings, children
         self.metrics = numbers.Metrics()
         self.runs: Runs
         self._agendas: dict[str, Agenda] = {}  # by artifact store
@@ -112,22 +109,17 @@ class Worker:
         """Work until a signal says to stop.
 
         Returns:
-            How many runs were started, and how their processes ended.
+            How it ended, for the command line.
 
         Raises:
             InvalidWorkerSettings: If it cannot work as told.
         """
         began = time.monotonic()
-        slots = Path(tempfile.mkdtemp(prefix="kitaru-worker-"))
-        os.environ[LIMITS] = Limits(slots, self.settings.limits).to_environment()
-        os.environ["KITARU_PROGRESS"] = "plain"
-        self.children = Children(self.settings.log_format)
-        self.children.keep_spare()  # it warms up while this process does
         woken = self._listen_for_signals()
         try:
             self._open()
             server = numbers.serve(self.settings.http, self.metrics, self.health) if self.settings.http else None
-            where = f", http://{server.server_address[0]}:{server.server_address[1]}" if server else ""
+            where = f", health and metrics on port {server.server_port}" if server else ""
             self._say(
                 f"worker is up in {time.monotonic() - began:.1f} s: {self.settings.concurrency} runs at once, watching "
                 f"{', '.join(a.store.uri for a in self._agendas.values())}{where}",
@@ -141,9 +133,8 @@ class Worker:
             if server is not None:
                 server.shutdown()
         finally:
-            self.children.close_spare()
-            shutil.rmtree(slots, ignore_errors=True)
-        return self._summary()
+            self.children.close()
+        return {"status": "stopped"}
 
     def _open(self) -> None:
         leg.warm_up()
@@ -208,9 +199,6 @@ class Worker:
             "waiting": len(self._ready),
             "seconds_since_last_turn": round(idle, 1),
         }
-
-    def _summary(self) -> dict[str, Any]:
-        return {"status": "stopped"}
 
     # --- a turn ---
 
