@@ -141,11 +141,8 @@ class Children:
     def close_spare(self) -> None:
         """No new run will be started."""
         if self._spare is not None:
-            self._spare.pipe.close()  # it ends by itself
             spare, self._spare = self._spare, None
-            spare.process.join(2.0)
-            if spare.process.exitcode is None:
-                self._kill(spare)
+            self._kill(spare)  # it holds nothing
             self._dispose(spare)
         self._next_spare = float("inf")
 

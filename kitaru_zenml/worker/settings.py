@@ -50,6 +50,14 @@ class Settings:
     log_format: str = "text"
 
     def __post_init__(self) -> None:
+        for name in ("concurrency", "max_crashes"):
+            if not isinstance(getattr(self, name), int):
+                raise InvalidWorkerSettings(f"`{name}` is a whole number, not {getattr(self, name)!r}")
+        for name in ("poll", "answers", "sweep", "drain_timeout"):
+            if not isinstance(getattr(self, name), int | float):
+                raise InvalidWorkerSettings(f"`{name}` is a number of seconds, not {getattr(self, name)!r}")
+        if not all(isinstance(size, int) for size in self.limits.values()):
+            raise InvalidWorkerSettings("`limits` gives each limit a whole number")
         if self.concurrency < 1 or self.max_crashes < 1 or any(size < 1 for size in self.limits.values()):
             raise InvalidWorkerSettings("`concurrency`, `max_crashes` and the sizes of limits are 1 or more")
         if min(self.poll, self.answers, self.sweep) <= 0 or self.drain_timeout < 0:
@@ -84,7 +92,4 @@ def read_settings(file: Path | None, told: dict[str, Any]) -> Settings:
         if "stacks" in found:
             found["stacks"] = tuple(found["stacks"])
     limits = {**found.pop("limits", {}), **told.pop("limits", {})}
-    try:
-        return replace(Settings(), **{**found, **told, "limits": limits})
-    except TypeError as problem:
-        raise InvalidWorkerSettings(str(problem)) from None
+    return replace(Settings(), **{**found, **told, "limits": limits})

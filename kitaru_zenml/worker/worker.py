@@ -254,6 +254,8 @@ class Worker:
         self.metrics.add("kitaru_worker_looks_total")
         try:
             decision, run = self._decide(run_id, agenda, status)
+            if status is not None and isinstance(decision, Start | GiveUp):  # it was listed a while ago
+                decision, run = self._decide(run_id, agenda, None)
             self._follow(run_id, agenda, decision, run)
         except Exception as problem:
             self._put_aside(run_id, problem)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from zenml.models import PipelineRunUpdate
 
 from kitaru_zenml import client
 from kitaru_zenml.conditions import pending
-from kitaru_zenml.journal.records import DUE_FOLDER, LegClosedEvent
+from kitaru_zenml.journal.due import leave_hint
+from kitaru_zenml.journal.inbox import put_answer
+from kitaru_zenml.journal.journal import new_nonce
+from kitaru_zenml.journal.records import DUE_FOLDER, Answer, LegClosedEvent
 from kitaru_zenml.journal.verify import verify
 from kitaru_zenml.runs import find_run
 from tests.worker import flows
@@ -100,9 +104,9 @@ def test_a_run_that_kills_every_process_is_given_up_with_its_failure_artifact(wo
 
 
 def test_a_run_that_gets_on_between_kills_is_not_given_up(worker: Worker, name: str) -> None:
-    run = run_to_death("stumbling", name, 6)
+    run = run_to_death("stumbling", name, 4)
     worker.until_status(run, "completed", seconds=60)
-    assert effects(name) == [f"step {i}" for i in range(6)]
+    assert effects(name) == [f"step {i}" for i in range(4)]
 
 
 def test_a_failure_of_the_flow_itself_is_not_tried_again(worker: Worker, name: str) -> None:
@@ -145,7 +149,8 @@ def test_hints_that_were_lost_are_found_by_the_sweep(worker: Worker, name: str) 
 def test_a_run_that_zenmls_server_resumes_is_left_to_it(worker: Worker, name: str) -> None:
     run = flows.asking.run(name).id
     Client().zen_store.update_run(find_run(run).id, PipelineRunUpdate(status=ExecutionStatus.RESUMING))  # as the server does
-    client.answer(run, "yes")
+    put_answer(journal(run), an_answer(run, "yes"))  # past ZenML, which would pause the run on this local store
+    leave_hint(journal(run).store, run, datetime.now(UTC))
     worker.until(lambda: worker.said(f"run {run} looked at again .* it is being started elsewhere"))
     assert effects(name) == ["before"] and epochs(run) == 1
     Client().zen_store.update_run(
@@ -153,6 +158,11 @@ def test_a_run_that_zenmls_server_resumes_is_left_to_it(worker: Worker, name: st
     )
     worker.until_status(run, "completed")
     assert effects(name) == ["before", "after yes"] and epochs(run) == 2
+
+
+def an_answer(run: str, value: str) -> Answer:
+    wait = journal(run).open_waits()[0]
+    return Answer(nonce=new_nonce(), run_id=run, wait=wait.key, value=value, by="me", via="test", at=datetime.now(UTC))
 
 
 def test_a_finished_run_leaves_no_hints(worker: Worker, name: str) -> None:
