@@ -71,9 +71,9 @@ class Answers:
             return False
         inbox = Inbox(journal)
         inbox.refresh()
-        wait = next((w for w in journal.open_waits() if answer_number(w, condition.name) == len(inbox.refusals(w.key))), None)
+        wait = next((w for w in journal.open_waits() if answer_number(w, condition.name) is not None), None)
         if wait is None or inbox.answer(wait.key) is not None:
             return False
-        adopt(condition, wait, journal)
+        adopt(condition, wait, journal, inbox)
         leave_hint(journal.store, journal.run_id, datetime.now(UTC))
         return True

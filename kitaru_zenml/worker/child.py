@@ -210,16 +210,17 @@ class _Stopping:
         if not self._ordered.is_set():
             os._exit(0)
         deadline = time.monotonic() + ORDERLY_STOP
-        while time.monotonic() < deadline and not self._done.is_set():
-            for execution in live():  # one that has not begun yet is stopped when it begins
+        while time.monotonic() < deadline and not (self._done.is_set() and not live()):
+            for execution in live():  # one that has not begun yet is stopped when it begins; child runs too
                 execution.interrupt()
-            self._done.wait(0.05)
-        if self._done.is_set():
+            time.sleep(0.02)
+        if self._done.is_set() and not live():
             return
         for execution in live():
             try:
                 execution.abandon()
             except Exception as problem:
                 logger.warning("run %s: it could not be let go, and lapses: %s", execution.run_id, problem)
-        self.finished(Outcome("interrupted", "a step was cut off"))
+        if not self._done.is_set():
+            self.finished(Outcome("interrupted", "a step was cut off"))
         os._exit(0)

@@ -63,6 +63,7 @@ class Children:
         self._spare: Child | None = None
         self._next_spare = 0.0
         self.busy: dict[str, Child] = {}  # by run id
+        self._leaving: list[Child] = []  # that have said how their run ended; child runs that they began may still run there
 
     def keep_spare(self) -> None:
         """See that a process is warm, or getting so."""
@@ -89,33 +90,41 @@ class Children:
         self.busy[order.run_id] = child
         return child
 
+    @property
+    def at_work(self) -> int:
+        """How many processes have not ended, but for the spare."""
+        return len(self.busy) + len(self._leaving)
+
     def count(self, limit: str) -> int:
         """How many runs of a limit are being executed."""
         return sum(child.limit == limit for child in self.busy.values())
 
     def wait(self, timeout: float, *others: Any) -> None:
         """Until a child says something, one of the others is readable, or the seconds have passed."""
-        everybody = [*self.busy.values(), *([self._spare] if self._spare else [])]
-        # A process that has said how it ended, and is about to, is readable for good: only its end is worth waiting for.
-        pipes = [child.pipe for child in everybody if child.outcome is None and not child.pipe.closed]
-        wait([*pipes, *(child.process.sentinel for child in everybody), *others], timeout)
+        talking = [*self.busy.values(), *([self._spare] if self._spare else [])]
+        processes = [child.process.sentinel for child in (*talking, *self._leaving)]
+        wait([*(child.pipe for child in talking), *processes, *others], timeout)
 
     def ended(self) -> Iterator[tuple[Order, Outcome, float]]:
-        """The orders whose process has ended, each once: how, and after how many seconds."""
+        """The orders that have ended, each once: how, and after how many seconds."""
         if self._spare is not None:
             self._listen(self._spare)
             if self._spare.process.exitcode is not None:
                 self._dispose(self._spare)
                 self._spare, self._next_spare = None, time.monotonic() + SPARE_RETRY
+        for child in [child for child in self._leaving if child.process.exitcode is not None]:
+            self._leaving.remove(child)
+            self._dispose(child)
         for child in list(self.busy.values()):
+            exitcode = child.process.exitcode  # before its last words are read
             self._listen(child)
-            if child.process.exitcode is not None:
-                self._listen(child)  # what it said last
-                assert child.order is not None
-                outcome = child.outcome or Outcome("crashed", _how_it_died(child.process.exitcode))
-                del self.busy[child.run_id]
-                self._dispose(child)
-                yield child.order, outcome, time.monotonic() - child.started
+            if child.outcome is None and exitcode is None:
+                continue
+            assert child.order is not None
+            del self.busy[child.run_id]
+            self._leaving.append(child)
+            outcome = child.outcome or Outcome("crashed", _how_it_died(exitcode or 0))
+            yield child.order, outcome, time.monotonic() - child.started
 
     def _listen(self, child: Child) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -148,14 +157,14 @@ class Children:
 
     def ask_to_stop(self) -> None:
         """Let every leg stop at its next boundary."""
-        for child in self.busy.values():
+        for child in (*self.busy.values(), *self._leaving):
             with contextlib.suppress(OSError):
                 child.pipe.send("stop")
             self._signal(child, signal.SIGTERM)
 
     def kill(self) -> None:
         """End what is left."""
-        for child in self.busy.values():
+        for child in (*self.busy.values(), *self._leaving):
             self._kill(child)
 
     def _kill(self, child: Child) -> None:

@@ -24,7 +24,6 @@ from kitaru_zenml.journal.records import (
     refused_name,
     run_folder,
     unseal,
-    unseal_event,
     wait_name,
 )
 
@@ -32,7 +31,6 @@ NO_LEG = ("settle", "give up")  # purposes of leases under which no code of the 
 BEGIN_PATIENCE = 15.0  # seconds in which whoever made a run on this kind of stack begins it
 START_PATIENCE = 600.0  # seconds in which a submitted run, or one that ZenML's server resumes, begins its leg
 START_LOOK = 10.0  # seconds between two looks at it
-LAST_EVENTS = 20  # among which the close of the last leg is
 BACKOFF, MAX_BACKOFF = 1.0, 60.0  # seconds before a run that crashed without progress is started again
 
 _ON_THE_WAY = {ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING, ExecutionStatus.QUEUED, ExecutionStatus.RUNNING}
@@ -99,7 +97,8 @@ def read_facts(journal: Journal) -> Facts:
     cancelled = cancel_name(journal.run_id) in inbox
     released = beat is not None and beat.released
     gone = not released and is_gone(lease.holder)
-    close = _close_of(journal, epoch)
+    close = journal.last_close()
+    close = close if close is not None and close.epoch == epoch else None
     waits = _suspended_on(journal, close) if close is not None and close.status == "paused" else ()
     answered = frozenset(w.key for w in waits if w.kind == "wait" and _has_answer(journal.run_id, w.key, inbox))
     return Facts(lease, beat, close, gone, waits, answered, len(inbox), cancelled)
@@ -107,16 +106,6 @@ def read_facts(journal: Journal) -> Facts:
 
 def _number(name: str) -> int:
     return int(name.rpartition("/")[2].removesuffix(".json"))
-
-
-def _close_of(journal: Journal, epoch: int) -> LegClosedEvent | None:
-    names = [name for name in journal.store.list(run_folder(journal.run_id) + "events/") if name.endswith(".json")]
-    last = names[-LAST_EVENTS:]
-    for name, data in zip(reversed(last), reversed(journal.store.get_many(last)), strict=True):
-        event = None if data is None else unseal_event(data, name)
-        if isinstance(event, LegClosedEvent):
-            return event if event.epoch == epoch else None
-    return None
 
 
 def _suspended_on(journal: Journal, close: LegClosedEvent) -> tuple[OpenWait, ...]:
@@ -192,7 +181,7 @@ class Asked:
     Attributes:
         crashes: Counts the crashes in a row.
         unfinished: Of some run ids, those that have not ended.
-        begins_here: Whether a run that never began is ours to begin: of a local stack, or a child run.
+        begins_here: Whether a run that never began is ours to begin, because nobody else is there who will.
     """
 
     crashes: Callable[[], int] = lambda: 0
@@ -255,7 +244,7 @@ def decide(facts: Facts, status: ExecutionStatus, moment: Moment, ask: Asked, ma
 
 def _never_began(status: ExecutionStatus, moment: Moment, ask: Asked) -> Decision:
     if not ask.begins_here():
-        return Leave("its orchestrator is to begin it")
+        return Leave("its parent or its orchestrator is to begin it")
     if moment.unchanged < BEGIN_PATIENCE:
         return moment.later(BEGIN_PATIENCE, "it is about to begin")
     return Start(f"it is {status.value}, and nobody began it")

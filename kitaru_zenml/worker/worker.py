@@ -167,22 +167,22 @@ class Worker:
     def _end(self, woken: int) -> None:
         """Let what runs end, then ask it to, then make it."""
         patience = self.settings.drain_timeout if self.settings.drain else 0.0
-        busy = len(self.children.busy)
+        busy = self.children.at_work
         self._say(f"stopping: {busy} run{'s' if busy != 1 else ''} may go on for {patience:g} s", event="draining")
         self.children.close_spare()
         self._ready.clear()
         self._wait_for_children(patience, woken)
-        if self.children.busy:
+        if self.children.at_work:
             self.children.ask_to_stop()
             self._wait_for_children(STOP_PATIENCE, woken)
-        if self.children.busy:
+        if self.children.at_work:
             self.children.kill()
             self._take_in_ends()
         self._say("stopped", event="stopped")
 
     def _wait_for_children(self, seconds: float, woken: int) -> None:
         deadline, signals = time.monotonic() + seconds, self._signals
-        while self.children.busy and time.monotonic() < deadline and self._signals == signals:
+        while self.children.at_work and time.monotonic() < deadline and self._signals == signals:
             self.children.wait(min(1.0, max(0.0, deadline - time.monotonic())), woken)
             self._drain_pipe(woken)
             self._take_in_ends()
@@ -195,7 +195,7 @@ class Worker:
         status = "draining" if self._stopping is not None else "ok" if well else "stuck"
         return well, {
             "status": status,
-            "running": len(self.children.busy),
+            "running": self.children.at_work,
             "waiting": len(self._ready),
             "seconds_since_last_turn": round(idle, 1),
         }
@@ -273,9 +273,17 @@ class Worker:
                 return None, run
             status = run.status
         unchanged = self._unchanged(run_id, facts, status)
-        ask = Asked(lambda: count_crashes(journal), self.runs.not_ended, lambda: run is not None and _begins_here(run))
+        ask = Asked(
+            lambda: count_crashes(journal), self.runs.not_ended, lambda: run is not None and self._begins_here(run, agenda)
+        )
         status = status or ExecutionStatus.RUNNING  # somebody executes it: what ZenML says does not matter
         return decide(facts, status, Moment(unchanged), ask, self.settings.max_crashes), run
+
+    def _begins_here(self, run: PipelineRunResponse, agenda: Agenda) -> bool:
+        """Whether a run that never began is ours to begin: a parent that lives, or a remote orchestrator, sees to its own."""
+        if (parent := (run.config.extra or {}).get(PARENT)) is not None:
+            return not is_alive(read_facts(Journal(agenda.store, str(parent))), 0.0)
+        return leg.runs_in_process(run_stack(run))
 
     def _unchanged(self, run_id: str, facts: Facts, status: ExecutionStatus | None) -> float:
         """For how many seconds the run has been seen as it is."""
@@ -324,7 +332,7 @@ class Worker:
 
     def _start_ready(self) -> None:
         for run_id, ready in list(self._ready.items()):
-            if len(self.children.busy) >= self.settings.concurrency:
+            if self.children.at_work >= self.settings.concurrency:
                 break
             size = self.settings.limits.get(ready.limit) if ready.limit is not None else None
             if ready.limit is not None and size is not None and self.children.count(ready.limit) >= size:
@@ -438,7 +446,7 @@ class Worker:
     # --- what it says ---
 
     def _note_gauges(self) -> None:
-        self.metrics.set("kitaru_worker_running", len(self.children.busy))
+        self.metrics.set("kitaru_worker_running", self.children.at_work)
         self.metrics.set("kitaru_worker_waiting", len(self._ready))
         self.metrics.set("kitaru_worker_hints", sum(len(agenda) for agenda in self._agendas.values()))
         self.metrics.set("kitaru_worker_warm", self.children.is_warm)
@@ -461,11 +469,6 @@ class Worker:
     def _problem(self, text: str, run_id: str | None = None) -> None:
         self.metrics.add("kitaru_worker_problems_total")
         logger.warning("%s", text if run_id is None else f"run {run_id} {text}", extra={"run": run_id, "event": "problem"})
-
-
-def _begins_here(run: PipelineRunResponse) -> bool:
-    """Whether a run that never began is ours to begin: a child run's parent leaves it to us, a remote orchestrator does not."""
-    return PARENT in (run.config.extra or {}) or leg.runs_in_process(run_stack(run))
 
 
 def _said(problem: BaseException) -> str:
