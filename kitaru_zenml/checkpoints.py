@@ -255,6 +255,7 @@ def checkpoint(
     isolated: bool = False,
     resources: Any = None,
     step_operator: str | None = None,
+    limit: str | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Callable[[Callable[P, R]], Checkpoint[P, R]]: ...
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import secrets
 import threading
 import time
@@ -67,6 +68,8 @@ from kitaru_zenml.journal.records import (
     unseal,
     wait_name,
 )
+from kitaru_zenml.limits import LOOK as SLOT_LOOK
+from kitaru_zenml.limits import Slot, limits_of_process
 from kitaru_zenml.options import OnDrift, StepOptions
 
 if TYPE_CHECKING:
@@ -116,6 +119,9 @@ class Engine:
         self._parked: dict[Waiter, str] = {}
         self._open: dict[Waiter, _Open] = {}
         self._suspended_on: list[OpenWait] = []
+        self._looked: dict[Waiter, int] = {}  # size of the inbox before the last look of each that waits
+        self.inbox_seen = 0  # what of the inbox the leg has looked at for all that it suspended on
+        self._holds: dict[str, str] = {}  # path of an executing step -> limit whose slot it holds
         self._at_most_once: set[str] = set()  # of those that execute
         self._storing = 0
         self._activity = 0
@@ -269,6 +275,12 @@ class Engine:
             for waiter in (*self._parked, *self._open, *self.delivery.waiters()):
                 waiter.set()
             return RunHalted(self.halted)
+
+    def await_stored(self, seconds: float) -> None:
+        """Let the records that are being written be written, for some seconds at most."""
+        deadline = time.monotonic() + seconds
+        while self._storing and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def go_on(self) -> None:
         """Take calls again after a cancellation, for the flow's `on_cancel` hook."""
@@ -548,16 +560,6 @@ class Engine:
         """Run the body with its retries, number and store the outcome. Returns rank, key, value, error."""
         chain, options = (*here.scopes, scope), call.options
         display, key = display_path(chain), record_key(scope.name, scope.path, generation)
-        if options.at_most_once:
-            marker = StartedMarker(
-                nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, scope=scope, scopes=here.scopes, generation=generation,
-                started_at=_now(),
-            )  # fmt: skip
-            theirs = yield Create(started_name(self.run_id, key), seal(marker))
-            yield Perform(self.execution.lease.check)
-            if theirs is not None:
-                other = unseal(StartedMarker, theirs, started_name(self.run_id, key))
-                raise self.halt(StepInDoubt(self.run_id, display, other.started_at))
         idempotency_key = self._idempotency_key(chain)
         attempts: list[Attempt] = []
         with self.lock:
@@ -565,10 +567,13 @@ class Engine:
                 self._at_most_once.add(scope.path)
             began = self._next_number
             self._executing[scope.path] = InFlight(path=scope.path, display=display, kind=call.kind, started_at=_now())
-        if self.execution.on_progress:
-            self.execution.on_progress("running", display)
-        outcome = _Outcome(began=began)
+        outcome, slot = _Outcome(began=began), None
         try:
+            slot = yield from self._slot(call, here, scope)
+            if options.at_most_once:  # not before there is a slot: a crash while it waits for one leaves no doubt
+                yield from self._mark_started(here, scope, generation, display, key)
+            if self.execution.on_progress:
+                self.execution.on_progress("running", display)
             while True:
                 started = _now()
                 step = CurrentStep(
@@ -584,7 +589,9 @@ class Engine:
                         attempts.append(Attempt(started_at=started, ended_at=_now(), failure=outcome.failure))
                         if self.execution.on_progress:
                             self.execution.on_progress("retrying", display)
+                        self._free(slot, scope)
                         yield Sleep(options.delay_before(len(attempts)))
+                        slot = yield from self._slot(call, here, scope)
                         self._ask_again_inside(scope.path)
                         continue
                 else:
@@ -594,6 +601,7 @@ class Engine:
                         outcome.error, outcome.failure = error, codec.encode_failure(error)
                 break
         finally:
+            self._free(slot, scope)
             self.execution.close_pool(scope.path)
             with self.lock:
                 self._executing.pop(scope.path, None)
@@ -602,6 +610,33 @@ class Engine:
         if isinstance(self.halted, LeaseLost):
             raise RunHalted(self.halted)  # whatever else stops the run, a finished body's outcome is kept
         return (yield from self._store(call, here, scope, generation, outcome, attempts, idempotency_key))
+
+    def _mark_started(self, here: Here, scope: Scope, generation: int, display: str, key: str) -> Steps:
+        marker = StartedMarker(
+            nonce=new_nonce(), run_id=self.run_id, epoch=self.epoch, scope=scope, scopes=here.scopes, generation=generation,
+            started_at=_now(),
+        )  # fmt: skip
+        theirs = yield Create(started_name(self.run_id, key), seal(marker))
+        yield Perform(self.execution.lease.check)
+        if theirs is not None:
+            other = unseal(StartedMarker, theirs, started_name(self.run_id, key))
+            raise self.halt(StepInDoubt(self.run_id, display, other.started_at))
+
+    def _slot(self, call: Call, here: Here, scope: Scope) -> Steps:
+        """Wait for a slot of the step's limit; `None` if nothing limits it, or a step around it holds one."""
+        limit, limits = call.options.limit, limits_of_process()
+        if limit is None or not limits.binds(limit) or any(self._holds.get(s.path) == limit for s in here.scopes):
+            return None
+        while (slot := limits.try_slot(limit)) is None:  # never blocks, so no cancellation comes between it and its release
+            yield Sleep(SLOT_LOOK * (1 + random.random()))
+            self._check()
+        self._holds[scope.path] = limit
+        return slot
+
+    def _free(self, slot: Slot | None, scope: Scope) -> None:
+        if slot is not None:
+            self._holds.pop(scope.path, None)
+            slot.release()
 
     # --- wait for it ---
 
@@ -645,33 +680,39 @@ class Engine:
         try:
             while True:
                 if (now := time.monotonic()) - looked_at >= waiting.every:
-                    arrival, looked_at = (yield from self._look(waiting, wait)), now
+                    arrival, looked_at = (yield from self._look(waiting, wait, waiter)), now
                 if arrival is not None:
                     break
                 if self._activity != seen:
                     seen, quiet_since = self._activity, now
                 if now - quiet_since >= QUIET and self._may_suspend():
                     yield Perform(execution.inbox.refresh)  # what came since the last look must not wait for somebody to notice
-                    if (arrival := (yield from self._look(waiting, wait))) is not None:
+                    if (arrival := (yield from self._look(waiting, wait, waiter))) is not None:
                         break
                     with self.lock:
                         self._check()
                         if self._activity == seen and self._may_suspend():
                             self._suspended_on = [o.wait for o in self._open.values()]
+                            self.inbox_seen = min(self._looked.get(w, 0) for w in self._open)
                             raise self.halt(RunSuspended(self.run_id, [(w.kind, w.display) for w in self._suspended_on]))
                 yield Wait(waiter, _until(wait.deadline, LOOK))
                 self._check()
         finally:
             with self.lock:
                 self._open.pop(waiter, None)
+                self._looked.pop(waiter, None)
                 self._activity += 1
         execution.wait_closed(wait)
         return wait, arrival
 
-    def _look(self, waiting: Waiting, wait: OpenWait) -> Steps:
+    def _look(self, waiting: Waiting, wait: OpenWait, waiter: Waiter) -> Steps:
+        size = self.execution.inbox.size
         if waiting.every:
-            return (yield Perform(lambda: waiting.arrived(wait, self.execution)))
-        return waiting.arrived(wait, self.execution)
+            arrival = yield Perform(lambda: waiting.arrived(wait, self.execution))
+        else:
+            arrival = waiting.arrived(wait, self.execution)
+        self._looked[waiter] = size
+        return arrival
 
     def _may_suspend(self) -> bool:
         """Whether nothing can move but waiting calls, and each of them may be suspended on."""

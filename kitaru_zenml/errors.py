@@ -353,6 +353,36 @@ class RunIdTaken(KitaruError):
         self.id, self.run_id, self.arguments = id, run_id, tuple(arguments)
 
 
+class LegInterrupted(KitaruError):
+    """The process of a run was asked to end (SIGTERM): it lets the run go, which is continued elsewhere."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(
+            f"The process of run {run_id} was asked to end and let the run go. Finished steps are safe; `kitaru worker` continues "
+            f"it, or `kitaru resume {run_id}`."
+        )
+        self.run_id = run_id
+
+
+class RunGivenUp(KitaruError):
+    """The worker does not start a run again."""
+
+    def __init__(self, run_id: str, reason: str) -> None:
+        super().__init__(
+            f"Run {run_id} was given up: {reason}. Finished steps are safe. See where it was with `kitaru failure {run_id}`, mend the "
+            f"cause, and go on with `kitaru resume {run_id}`."
+        )
+        self.run_id, self.reason = run_id, reason
+
+
+class InvalidWorkerSettings(KitaruError):
+    """What a worker was told cannot be followed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The worker cannot be started as told: {reason}. See `kitaru worker --help`.")
+        self.reason = reason
+
+
 class WaitTimedOut(KitaruError):
     """Nobody answered in time. Raised into the flow, which may catch it."""
 

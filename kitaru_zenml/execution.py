@@ -28,6 +28,7 @@ from kitaru_zenml.errors import (
     EventLoopRunning,
     KitaruError,
     LeaseLost,
+    LegInterrupted,
     RunCancelled,
     RunHalted,
     RunSuspended,
@@ -68,6 +69,11 @@ def any_live() -> bool:
     return bool(_live)
 
 
+def live() -> list[Execution]:
+    """What of flows runs in this process."""
+    return list(_live)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a leg ended."""
@@ -82,13 +88,18 @@ class Ended:
             return "completed"
         if isinstance(self.error, RunSuspended):
             return "paused"
-        is_stop = isinstance(self.error, RunCancelled) or not isinstance(self.error, Exception)
+        is_stop = isinstance(self.error, RunCancelled | LegInterrupted) or not isinstance(self.error, Exception)
         return "stopped" if is_stop else "failed"
 
     @property
     def superseded(self) -> bool:
         """Whether another process has the run now, so that this one must not touch it."""
         return isinstance(self.error, LeaseLost)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the process had to let the run go, which is to be continued elsewhere."""
+        return isinstance(self.error, LegInterrupted)
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class Execution:
         self.inbox, self.board, self._on_cancel = Inbox(journal), board, on_cancel
         self.inbox.forget(str(r.metadata[TAKEN]) for r in snapshot.records.values() if TAKEN in r.metadata)
         self.children = Children(options.max_children, snapshot.records.values())
-        self._events_lock = threading.Lock()
+        self._events_lock, self._close_lock, self._is_closed = threading.Lock(), threading.Lock(), False
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._pools_lock = threading.Lock()
         self._futures: set[StepFuture[Any]] = set()  # that may still fail unobserved
@@ -326,6 +337,23 @@ class Execution:
             return Ended(error=error)
         return Ended(value)
 
+    def interrupt(self) -> None:
+        """Stop the leg at its next boundary, so that the run is continued elsewhere."""
+        self.engine.halt(LegInterrupted(self.run_id))
+
+    def abandon(self) -> None:
+        """Close the leg and let the run go while bodies still execute. The process must end right after it.
+
+        Raises:
+            KitaruError: If the run is not this process's any more, or the store does not answer.
+        """
+        self.interrupt()
+        self.engine.await_stored(0.5)
+        self.lease.check()
+        self._close(Ended(error=LegInterrupted(self.run_id)))
+        self.lease.release()
+        leave_hint(self.store, self.run_id, datetime.now(UTC))
+
     def _end(self, ended: Ended) -> Ended:
         """Close the leg in the journal, unless the run is somebody else's now."""
         try:
@@ -336,16 +364,23 @@ class Execution:
         return ended
 
     def _close(self, ended: Ended) -> None:
+        with self._close_lock:
+            if not self._is_closed:
+                self._append_close(ended)
+                self._is_closed = True
+
+    def _append_close(self, ended: Ended) -> None:
         covers = {k: sha for k, sha in {**self._earlier, **self.engine.covers}.items() if k not in self._closed_covers}
         error = ended.error
         failed = () if error is None else tuple(codec.paths_on_chain(error))
+        suspended_on = tuple(w.key for w in self.engine.open_waits) if ended.status == "paused" else ()
         self.append_event(
             LegClosedEvent(
                 nonce=new_nonce(), run_id=self.run_id, epoch=self.lease.epoch, at=datetime.now(UTC), status=ended.status,
                 failure=codec.encode_failure(error) if error is not None and ended.status != "paused" else None,
                 failed_paths=failed,
-                in_flight=self.engine.in_flight(), covers=covers, previous_root=self._previous_root,
-                root=chain_root(self._previous_root, covers),
+                in_flight=self.engine.in_flight(), suspended_on=suspended_on, inbox=self.engine.inbox_seen,
+                covers=covers, previous_root=self._previous_root, root=chain_root(self._previous_root, covers),
             )
         )  # fmt: skip
         self._previous_root = chain_root(self._previous_root, covers)

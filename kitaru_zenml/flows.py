@@ -328,6 +328,7 @@ def flow(
     on_drift: OnDrift = "raise",
     grace: float | None = 10.0,
     allow_pickle: bool = False,
+    limit: str | None = None,
     on_cancel: Callable[..., Any] | None = None,
     **zenml: Any,
 ) -> _Decorator: ...

@@ -180,7 +180,7 @@ def _holders(snapshot: Snapshot, run_id: str, keys: frozenset[str]) -> dict[str,
 def _load_flow(origin: PipelineRunResponse, snapshot: Snapshot) -> Flow[Any, Any]:
     from kitaru_zenml.flows import Flow
 
-    resumption.make_importable(snapshot)
+    resumption.make_importable(snapshot.info)
     source = origin.snapshot.pipeline_spec.source if origin.snapshot and origin.snapshot.pipeline_spec else None
     if source is None:
         raise KitaruError(f"Run {origin.id} does not say which flow it is of. Replay it from code: `flow.replay(...)`.")

@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kitaru_zenml")
 DRAIN_PATIENCE = 600.0  # seconds that the end of a leg waits for a ZenML server that is down
+REASON = 255  # characters that ZenML takes for a status
+LET_GO_PATIENCE = 1.0  # seconds that an interrupted leg waits for it
 
 
 @dataclass
@@ -183,6 +185,8 @@ def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
         fence.close()
     if report is not None and ended.status != "paused":
         report.error = ended.error
+    if ended.interrupted:
+        fence.let_go()
     if ended.status in ("paused", "stopped") and not fence.closed:
         fence.conclude()
         if ended.status == "paused":
@@ -321,6 +325,20 @@ class _Fence:
             return
         self.conclude(lambda: self._publish(return_value=return_value, exception=exception))
 
+    def let_go(self) -> None:
+        """The process must end soon: leave the run as it is in ZenML, for whoever continues it."""
+        if self._guard is None or self.closed:
+            return
+        execution, recorder, conditions, _ = self._guard
+        self.close()
+        conditions.close(suspending=False)
+        recorder.drain(LET_GO_PATIENCE)  # what is left is found on resume
+        recorder.close()
+        execution.lease.release()
+        leave_hint(execution.store, execution.run_id, datetime.now(UTC))
+        if execution.hint is not None:
+            remove_hint(execution.store, execution.hint)
+
     def conclude(self, publish: Callable[[], None] | None = None) -> None:
         """Drain lineage, give the run its status in ZenML, and let it go."""
         assert self._guard is not None
@@ -352,6 +370,8 @@ class _Fence:
         finally:
             recorder.close()
             execution.lease.release()
+        if ended.status == "paused":
+            _hint_at_news(execution)
         if execution.hint is not None:
             remove_hint(execution.store, execution.hint)
         if self._parent is not None and ended.status != "paused":
@@ -373,7 +393,7 @@ class _Fence:
     def _stop(self, ended: Ended) -> None:
         run = Client().zen_store.get_run(self._runner.run.id)
         if not run.status.is_finished:
-            update = PipelineRunUpdate(status=ExecutionStatus.STOPPED, status_reason=str(ended.error))
+            update = PipelineRunUpdate(status=ExecutionStatus.STOPPED, status_reason=str(ended.error)[:REASON])
             run = Client().zen_store.update_run(run.id, update)
         self._runner._run = run
 
@@ -442,6 +462,16 @@ def report_failure(
         register_failure(report, run=run, store=journal.store, artifact_store_id=store.id, artifact_store_root=store.path)
     except Exception as problem:
         logger.warning("run %s: its failure artifact could not be registered: %s", run.id, problem)
+
+
+def _hint_at_news(execution: Execution) -> None:
+    """What came while the leg was ending may have been looked at when the run was still leased, and its hint put off."""
+    try:
+        execution.inbox.refresh()
+    except KitaruError as problem:
+        logger.warning("run %s: its inbox cannot be read: %s", execution.run_id, problem)
+    if execution.inbox.size > execution.engine.inbox_seen:
+        leave_hint(execution.store, execution.run_id, datetime.now(UTC))
 
 
 def _log_root(execution: Execution) -> None:

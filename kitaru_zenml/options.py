@@ -29,6 +29,7 @@ class StepOptions:
         isolated: Run as a native ZenML step in a container of its own, where the orchestrator can.
         resources: ZenML `ResourceSettings` of an isolated step.
         step_operator: Name of the ZenML step operator of an isolated step.
+        limit: Name of a limit: a worker that was given its size runs at most so many bodies of it at once, over all its processes.
         metadata: JSON-like values for the step run's metadata in ZenML.
     """
 
@@ -44,6 +45,7 @@ class StepOptions:
     isolated: bool = False
     resources: Any = None
     step_operator: str | None = None
+    limit: str | None = None
     metadata: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class FlowOptions:
         grace: Seconds that the process goes on waiting for an answer, an event or child runs before the run suspends and the process may
             end; `None` never suspends. A sleep that is longer suspends at once.
         allow_pickle: Store values that have neither a JSON form nor a ZenML materializer by pickle. Loading them runs code.
+        limit: Name of a limit: a worker that was given its size continues at most so many runs of it at once.
     """
 
     lineage: Lineage = "async"
@@ -89,6 +92,7 @@ class FlowOptions:
     on_drift: OnDrift = "raise"
     grace: float | None = 10.0
     allow_pickle: bool = False
+    limit: str | None = None
 
     def __post_init__(self) -> None:
         if self.lapse_seconds <= 0 or self.max_workers < 1 or self.max_children < 1 or self.inline_limit < 0:

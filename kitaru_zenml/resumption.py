@@ -36,13 +36,14 @@ from kitaru_zenml.journal.records import (
     Lease,
     Reopened,
     RetryEvent,
+    RunInfo,
     StartedMarker,
     StepRecord,
     seal,
     step_name,
 )
 from kitaru_zenml.options import FlowOptions, OnDrift
-from kitaru_zenml.runs import RunHandle, artifact_store_of, find_run, flow_options, open_journal, run_stack
+from kitaru_zenml.runs import PARENT, RunHandle, artifact_store_of, find_run, flow_options, open_journal, run_stack
 
 logger = logging.getLogger("kitaru_zenml")
 
@@ -55,6 +56,7 @@ def resume(
     retry: Sequence[str] = (),
     on_wait: Callable[[Lease, float], None] | None = None,
     wait: bool = True,
+    watched: tuple[int, int] | None = None,
 ) -> RunHandle[Any]:
     """Continue a run in the same ZenML pipeline run; see `Flow.resume`.
 
@@ -64,7 +66,9 @@ def resume(
         takeover: Supersede an executor that is alive.
         retry: Display names or paths of failed steps to run again besides those that ended the run.
         on_wait: Told the lease and the seconds left while waiting for a dead holder's lease to lapse.
-        wait: Watch a holder that may be dead until its lease has lapsed; else only one that is known to be gone is superseded.
+        wait: Watch a holder that may be dead until its lease has lapsed; else only one that is known to be gone is superseded, and a
+            remote orchestrator's run is not waited for.
+        watched: A lease that the caller has seen lapse; see `take_lease`.
     """
     leg.warm_up()
     found = find_run(run)
@@ -75,8 +79,9 @@ def resume(
     if options is None:
         raise NoJournal(str(found.id), journal.store.uri)
     lease = take_lease(
-        journal, purpose="resume", lapse_seconds=options.lapse_seconds, takeover=takeover, wait=wait, on_wait=on_wait
-    )
+        journal, purpose="resume", lapse_seconds=options.lapse_seconds, takeover=takeover, wait=wait, on_wait=on_wait,
+        watched=watched,
+    )  # fmt: skip
     try:
         found = find_run(found.id)  # as it is now that nobody else changes it
         if found.status in (ExecutionStatus.COMPLETED, ExecutionStatus.STOPPED):
@@ -90,18 +95,18 @@ def resume(
         found_dead = found.status == ExecutionStatus.RUNNING
         if found_dead and snapshot.info is not None and "/" not in snapshot.current():
             leg.report_failure(found, journal, lease.epoch - 1, "found dead", snapshot=snapshot)
-        return _continue(found, lease, snapshot)
+        return _continue(found, lease, snapshot, detached=not wait)
     except BaseException:
         lease.release()
         raise
 
 
-def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot) -> RunHandle[Any]:
+def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot, detached: bool) -> RunHandle[Any]:
     never_began = run.status in (ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING) and (
         snapshot.info is None or not run.orchestrator_run_id
     )
     run = run if never_began else _to_resuming(run)
-    make_importable(snapshot)
+    make_importable(snapshot.info or _parents_info(run))
     stack = run_stack(run)
     assert run.snapshot is not None
     with leg.reporting(lambda _: None, handed=(lease, snapshot)) as report:
@@ -109,7 +114,7 @@ def _continue(run: PipelineRunResponse, lease: HeldLease, snapshot: Snapshot) ->
             leg.run_in_process(run.snapshot, run, stack)
         else:
             lease.release()
-            stack.orchestrator.resume_run(snapshot=run.snapshot, run=run, stack=stack)
+            stack.orchestrator.resume_run(snapshot=run.snapshot, run=run, stack=stack, force_async=detached)
     if report.error is not None:
         raise report.error
     return go_on(RunHandle(run.id, report.summary), report)
@@ -137,9 +142,14 @@ def _to_resuming(run: PipelineRunResponse) -> PipelineRunResponse:
     return Client().get_pipeline_run(run.id)
 
 
-def make_importable(snapshot: Snapshot) -> None:
+def _parents_info(run: PipelineRunResponse) -> RunInfo | None:
+    """What the parent of a child run that never began executes."""
+    parent = run.config.extra.get(PARENT)
+    return Journal(open_store(artifact_store_of(run)), str(parent)).info() if parent else None
+
+
+def make_importable(info: RunInfo | None) -> None:
     """Look for the flow where it was imported from, if that is on this machine and its module is not importable as it is."""
-    info = snapshot.info
     if info is None:
         return
     module = info.source.rpartition(".")[0]

@@ -53,7 +53,10 @@ def test_every_kitaru_command_in_the_docs_exists_with_its_options() -> None:
 def test_every_make_target_in_the_docs_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {t for page in PAGES for t in re.findall(r"(?:^|`| )make ([a-z-]+)", page.read_text(), re.M)}
-    assert named & targets and not {t for t in named if t.startswith("demo") or t in ("test", "bench", "lint", "types", "setup")} - targets
+    assert (
+        named & targets
+        and not {t for t in named if t.startswith("demo") or t in ("test", "bench", "lint", "types", "setup")} - targets
+    )
 
 
 def test_links_between_pages_lead_somewhere() -> None:

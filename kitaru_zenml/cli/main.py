@@ -19,6 +19,7 @@ COMMANDS = {
     "cancel": ("cancel", "Stop a run at its next boundary, and its child runs."),
     "replay": ("replay", "Fork a run: reuse its steps up to a cut, override outcomes or inputs, run the rest."),
     "diff": ("diff", "Compare two runs step by step: what was reused, changed, is new or gone."),
+    "worker": ("worker", "Continue runs on their own: crashed, answered, due. Any number of workers."),
     "settle": ("settle", "Say what happened to an at-most-once step whose outcome is unknown."),
     "failure": ("failure", "Show why a run ended, and how to go on."),
     "delete": ("delete", "Delete a run: its journal, its artifacts and its ZenML run."),

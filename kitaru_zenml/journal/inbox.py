@@ -74,6 +74,11 @@ class Inbox:
             case CancelRequest():
                 self.cancel = item
 
+    @property
+    def size(self) -> int:
+        """How many objects it has read."""
+        return len(self._seen)
+
     # --- answers ---
 
     def answer(self, wait: str, number: int | None = None) -> Answer | None:

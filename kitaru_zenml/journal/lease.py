@@ -104,6 +104,7 @@ def take_lease(
     takeover: bool = False,
     wait: bool = False,
     on_wait: Callable[[Lease, float], None] | None = None,
+    watched: tuple[int, int] | None = None,
 ) -> HeldLease:
     """Take the next epoch of a run.
 
@@ -114,13 +115,15 @@ def take_lease(
         takeover: Take it even from a holder that is alive.
         wait: Watch a holder that may be dead until its lease has lapsed; else only one that is known to be gone is superseded.
         on_wait: Told the holder's lease and the seconds left, about once a second, while waiting.
+        watched: An epoch and the count of its last beat (0 for none) that the caller has watched for the lapse time: superseded if it has
+            not beaten since.
 
     Raises:
         RunIsLeased: If the holder is alive.
     """
     epoch = _newest_epoch(journal)
     if epoch and not takeover:
-        _await_lapse(journal, epoch, wait, on_wait)
+        _await_lapse(journal, epoch, wait, on_wait, watched)
     lease = Lease(
         nonce=new_nonce(), run_id=journal.run_id, epoch=epoch + 1, holder=this_process(), purpose=purpose,
         lapse_seconds=lapse_seconds, taken_at=datetime.now(UTC),
@@ -141,11 +144,19 @@ def _newest_epoch(journal: Journal) -> int:
     return max(epochs, default=0)
 
 
-def _await_lapse(journal: Journal, epoch: int, wait: bool, on_wait: Callable[[Lease, float], None] | None) -> None:
+def _await_lapse(
+    journal: Journal,
+    epoch: int,
+    wait: bool,
+    on_wait: Callable[[Lease, float], None] | None,
+    watched: tuple[int, int] | None,
+) -> None:
     lease = journal.lease(epoch)
     if lease is None:
         return
     beat = journal.beat(epoch)
+    if watched == (epoch, beat.count if beat else 0):
+        return
     seen_at = time.monotonic()
     while not ((beat and beat.released) or is_gone(lease.holder)):
         left = lease.lapse_seconds - (time.monotonic() - seen_at)

@@ -450,6 +450,8 @@ class LegClosedEvent(Stored):
     failure: Failure | None = None
     failed_paths: tuple[str, ...] = ()  # recorded failures on the chain of the exception that ended the run
     in_flight: tuple[InFlight, ...] = ()
+    suspended_on: tuple[str, ...] = ()  # keys of the waits of a leg that paused
+    inbox: int = 0  # objects of the inbox that each of them had looked at: more is news
     covers: dict[str, str]
     previous_root: str
     root: str

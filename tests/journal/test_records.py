@@ -47,7 +47,8 @@ STORED: dict[str, r.Stored] = {
     "retire": r.RetireEvent(nonce="n7", run_id=RUN, epoch=2, at=AT, reopened=(r.Reopened(path="/x[1]", generation=1),), reason="drift"),
     "leg_closed": r.LegClosedEvent(
         nonce="n8", run_id=RUN, epoch=1, at=AT, status="failed", failure=FAILURE, failed_paths=("/x[1]",),
-        in_flight=(r.InFlight(path="/y[1]", display="y[1]", started_at=AT),), covers={"x-1": "h"}, previous_root="", root="r",
+        in_flight=(r.InFlight(path="/y[1]", display="y[1]", started_at=AT),), suspended_on=("approve-1",), inbox=2,
+        covers={"x-1": "h"}, previous_root="", root="r",
     ),
 }  # fmt: skip
 
