@@ -24,6 +24,7 @@ from kitaru_zenml.limits import LIMITS, Limits
 from kitaru_zenml.worker.child import PRELOADED, Order, Outcome, main
 
 SPARE_RETRY = 5.0  # seconds before another spare is started when one died unused
+FORK_TRIES = 5
 STOP_PATIENCE = 6.0  # seconds after which a process that was asked to end is killed
 
 
@@ -71,11 +72,22 @@ class Children:
             self._spare = self._start()
 
     def _start(self) -> Child:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=main, args=(theirs, self._log_format), name="kitaru-run", daemon=False)
-        process.start()
-        theirs.close()
-        return Child(process, ours)
+        tries = 0
+        while True:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=main, args=(theirs, self._log_format), name="kitaru-run", daemon=False)
+            try:
+                process.start()
+            except (EOFError, OSError):  # the process that forks was killed just now; the next try starts another
+                ours.close()
+                tries += 1
+                if tries == FORK_TRIES:
+                    raise
+                time.sleep(0.1)
+            else:
+                return Child(process, ours)
+            finally:
+                theirs.close()
 
     def give(self, order: Order, limit: str | None) -> Child:
         """Have a process execute an order; there must be none for its run."""

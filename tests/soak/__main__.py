@@ -32,6 +32,7 @@ class Workers:
     def __init__(self, count: int, folder: Path) -> None:
         self.folder, self.killed, self.lock = folder, Counter[str](), threading.Lock()
         self.dead: set[int] = set()  # processes that were killed
+        self.ended: list[int] = []  # exit codes of workers that ended by themselves
         self.workers = [self._start() for _ in range(count)]
         self.stopping = False
 
@@ -54,6 +55,10 @@ class Workers:
     def kill_one(self, choose: random.Random) -> None:
         """SIGKILL to a leg's process, or to a whole worker."""
         with self.lock:
+            for at, worker in enumerate(self.workers):
+                if (code := worker.poll()) is not None:
+                    self.ended.append(code)  # by itself, which it must not
+                    self.workers[at] = self._start()
             at = choose.randrange(len(self.workers))
             worker = self.workers[at]
             try:
@@ -134,10 +139,10 @@ def main() -> int:
     found = judge(runs, workers, folder)
     report = {
         "runs": len(runs), "seconds": round(time.monotonic() - began), "killed": dict(workers.killed), "unfinished": len(left),
-        "worker exit codes": codes, "seed": asked.seed, **found,
+        "worker exit codes": [*workers.ended, *codes], "seed": asked.seed, **found,
     }  # fmt: skip
     print(json.dumps(report, indent=2))
-    bad = left or found["wrong"] or found["repeated"] or any(codes)
+    bad = left or found["wrong"] or found["repeated"] or any(codes) or workers.ended
     return 1 if bad else 0
 
 
