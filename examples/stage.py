@@ -41,6 +41,12 @@ class Stage:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Stage:
+        from zenml.client import Client
+
+        print(f"ZenML on SQLite and a local artifact store, in {self.folder}", flush=True)
+        assert (
+            Client().active_stack_model
+        )  # makes ZenML's database: two processes that make it at once get into each other's way
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
