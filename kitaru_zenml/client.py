@@ -110,6 +110,8 @@ def _questions(run: PipelineRunResponse) -> list[Question]:
     opened = [w for w in journal.open_waits() if w.kind == "wait"]
     inbox = Inbox(journal)
     inbox.refresh()
+    if opened and conditions.pending(run.id) is None:  # answered in ZenML, and no leg has come by since
+        conditions.adopt_resolved(run, journal, opened, inbox)
     flow = run.pipeline.name if run.pipeline else ""
     return [
         Question(
@@ -219,7 +221,7 @@ def _the_wait(journal: Journal, inbox: Inbox, name: str | None) -> OpenWait:
     unconsumed = {w.key for w in journal.open_waits()}
     if name is not None:
         exact = [w for w in everything if name in (w.display, w.scope.path)]
-        fits = exact or [w for w in everything if w.scope.name == name or w.display.endswith("/" + name)]
+        fits = exact or [w for w in everything if is_named(w.display, name)]
     else:
         fits = everything
     opened = [w for w in fits if w.key in unconsumed and inbox.answer(w.key) is None]
@@ -229,6 +231,11 @@ def _the_wait(journal: Journal, inbox: Inbox, name: str | None) -> OpenWait:
         return fits[0]  # to tell whether the answer is the same
     listed = [w.display for w in everything if w.key in unconsumed and inbox.answer(w.key) is None]
     raise NoSuchWait(journal.run_id, name, listed)
+
+
+def is_named(display: str, name: str) -> bool:
+    """Whether a wait may be called so: by the end of its path, its number left out if one likes: `refund#1/approve#0`, `approve`."""
+    return any(path == name or path.endswith("/" + name) for path in (display, display.rpartition("#")[0]))
 
 
 def _json_of(value: Any) -> Any:

@@ -90,9 +90,10 @@ def _name_and_value(
 
 
 def _the_question(run: str, name: str | None, questions: list[Question]) -> Question:
+    from kitaru_zenml.client import is_named
     from kitaru_zenml.errors import NoSuchWait
 
-    fits = [q for q in questions if name is None or q.wait == name or q.wait.rpartition("/")[2].partition("#")[0] == name]
+    fits = [q for q in questions if name is None or is_named(q.wait, name)]
     if len(fits) == 1:
         return fits[0]
     raise NoSuchWait(questions[0].run_id if questions else run, name, [q.wait for q in questions])

@@ -94,20 +94,27 @@ class Workers:
 def people(stop: threading.Event, listeners: list[str], choose: random.Random) -> None:
     """Answer every question and send the events, some of them twice."""
     from kitaru_zenml import client
-    from kitaru_zenml.errors import KitaruError
 
     sent: Counter[str] = Counter()
     while not stop.wait(1):
-        try:
-            for question in client.waits():
-                client.answer(question.run_id, f"to {question.question}", wait=question.wait, by="soak")
-            for run in listeners:
-                if sent[run] < 3:
-                    for _ in range(choose.randint(1, 2)):
-                        client.send_event(run, "orders", f"order {sent[run]}", idempotency_key=f"order {sent[run]}")
-                    sent[run] += 1
-        except KitaruError as error:  # a run that ended meanwhile; the journal of one that has not begun
-            print(f"people: {type(error).__name__}: {error}", file=sys.stderr)
+        for question in client.waits():
+            _patiently(client.answer, question.run_id, f"to {question.question}", wait=question.wait, by="soak")
+        for run in listeners:
+            if sent[run] < 3:
+                key = f"order {sent[run]}"
+                times = choose.randint(1, 2)
+                sent[run] += all([_patiently(client.send_event, run, "orders", key, idempotency_key=key) for _ in range(times)])
+
+
+def _patiently(call: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether it worked; a run that has not begun has no journal yet, one that has just ended takes nothing."""
+    from kitaru_zenml.errors import AlreadyAnswered, NoJournal, NoSuchWait, RunFinished
+
+    try:
+        call(*args, **kwargs)
+    except (NoJournal, RunFinished, NoSuchWait, AlreadyAnswered):
+        return False
+    return True
 
 
 def main() -> int:
@@ -149,12 +156,14 @@ def main() -> int:
 def start_runs(count: int) -> dict[str, tuple[str, int]]:
     """Runs that nobody executes yet, and a hint for each: the workers begin them."""
     from zenml.client import Client
+    from zenml.utils import source_utils
 
     from kitaru_zenml import leg
     from kitaru_zenml.artifact_store import open_store
     from kitaru_zenml.journal.due import leave_hint
     from tests.soak.flows import FLOWS
 
+    source_utils.set_custom_source_root(str(ROOT))  # workers import the flows from there
     leg.warm_up()
     store, runs, names = open_store(Client().active_stack.artifact_store), dict[str, tuple[str, int]](), list(FLOWS)
     for n in range(count):
