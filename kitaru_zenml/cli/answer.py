@@ -74,6 +74,8 @@ def command(
 def _name_and_value(
     run: str, words: tuple[str, ...], questions: list[Question], *, has_value: bool
 ) -> tuple[str | None, str | None]:
+    from kitaru_zenml.client import is_named
+
     if len(words) > 2:
         raise click.UsageError("Give one WAIT and one VALUE; a VALUE with spaces needs quotes.")
     if len(words) == 2:
@@ -83,9 +85,7 @@ def _name_and_value(
     if not words:
         return None, None
     word = words[0]
-    is_name = any(
-        word in (q.wait, q.wait.partition("#")[0], q.wait.rpartition("/")[2]) and q.json_schema is None for q in questions
-    )
+    is_name = any(is_named(q.wait, word) and q.json_schema is None for q in questions)
     return (word, None) if has_value or is_name else (None, word)
 
 
