@@ -194,7 +194,7 @@ def idle(count: int, seconds: float) -> dict[str, Any]:
     return {
         "suspended_runs": count,
         "made_in_s": made,
-        "first_sweep": next(line for line in log.splitlines() if "was looked at" in line).split(" in ")[-1],
+        "first_sweep": next(line for line in log.splitlines() if "was looked at" in line).split(", ")[-1],
         "zenml_requests_a_minute": sum(v for n, v in a_minute.items() if n.startswith("zenml")),
         "store_requests_a_minute": sum(v for n, v in a_minute.items() if n.startswith("store")),
         "cpu_seconds_a_minute": spent * 60 / passed,
