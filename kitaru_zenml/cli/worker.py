@@ -17,7 +17,7 @@ from kitaru_zenml.cli.output import cli_command
 @click.option("--max-crashes", type=int, help="Crashes in a row without a finished step after which a run is given up. [5]")
 @click.option("--poll", type=float, metavar="SECONDS", help="Between two looks for what is due. [0.5]")
 @click.option("--answers", type=float, metavar="SECONDS", help="Between two looks for answers given in ZenML. [2]")
-@click.option("--sweep", type=float, metavar="SECONDS", help="In which every unfinished run is looked at once. [600]")
+@click.option("--sweep", type=float, metavar="SECONDS", help="From one sweep over unfinished runs to the next. [600]")
 @click.option("--drain/--no-drain", default=None, help="On SIGTERM, let running legs end. [drain]")
 @click.option("--drain-timeout", type=float, metavar="SECONDS", help="For so long; then they are interrupted. [30]")
 @click.option("--http", metavar="[HOST:]PORT", help="Serve /healthz and /metrics there.")

@@ -30,7 +30,7 @@ class Settings:
         max_crashes: After so many crashes in a row without a finished step a run is given up.
         poll: Seconds between two looks for what is due; an object store is asked less often while nothing is.
         answers: Seconds between two looks for answers that were given in ZenML.
-        sweep: Seconds in which every unfinished run is looked at once, in case its hint was lost.
+        sweep: Seconds from one sweep over all unfinished runs to the next, in case a hint was lost; it looks at one run a second.
         drain: Whether SIGTERM lets running legs end.
         drain_timeout: For how many seconds; then they are interrupted.
         http: `host:port` of health and metrics, or `None`.

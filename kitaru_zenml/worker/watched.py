@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,15 @@ class Runs:
 
     def _unfinished_on(self, stack: UUID) -> Iterator[PipelineRunResponse]:
         query: dict[str, Any] = {"stack_id": stack, "status": f"oneof:{json.dumps(UNFINISHED)}", "sort_by": "asc:created"}
-        page = Client().list_pipeline_runs(**query, size=1).total // PAGE + 1
-        while page > 0:  # from the last: what ends meanwhile moves the others forward, so that none is missed
-            yield from reversed(Client().list_pipeline_runs(**query, page=page, size=PAGE).items)
-            page -= 1
+        total = Client().list_pipeline_runs(**query, size=1).total
+        for page in range(
+            math.ceil(total / PAGE), 0, -1
+        ):  # from the last: what ends moves others forward, so that none is missed
+            try:
+                found = Client().list_pipeline_runs(**query, page=page, size=PAGE)
+            except ValueError:  # there are not so many pages any more
+                continue
+            yield from reversed(found.items)
 
     def not_ended(self, ids: Collection[str]) -> set[str]:
         """Of some run ids, those of runs that have not ended; one that is not in ZenML any more has."""
@@ -104,12 +110,12 @@ class Runs:
     def asked(self) -> set[str]:
         """Ids of the runs that have a pending question in ZenML."""
         found: set[str] = set()
-        page = 1
-        while True:
-            some = Client().list_run_wait_conditions(
-                status=RunWaitConditionStatus.PENDING.value, page=page, size=PAGE, hydrate=True
-            )
+        query: dict[str, Any] = {"status": RunWaitConditionStatus.PENDING.value, "sort_by": "asc:created"}
+        total = Client().list_run_wait_conditions(**query, size=1).total
+        for page in range(math.ceil(total / PAGE), 0, -1):
+            try:
+                some = Client().list_run_wait_conditions(**query, page=page, size=PAGE, hydrate=True)
+            except ValueError:
+                continue
             found.update(str(condition.run.id) for condition in some.items)
-            if page >= some.total_pages:
-                return found
-            page += 1
+        return found

@@ -50,6 +50,7 @@ logger = logging.getLogger("kitaru_zenml.worker")
 STALE = 3.0  # seconds after which a decision to start is made anew
 PROBLEM_PAUSE, MAX_PROBLEM_PAUSE = 2.0, 300.0  # seconds before a run, or ZenML, is asked again that gave an error
 SWEEP_RATE = 1.0  # runs a second that a sweep looks at, so that many suspended runs cost little; the first sweep hurries
+SWEEP_RETRY = 30.0  # seconds before another when one was cut off by an error
 FIRST_SWEEP = 0.1  # seconds of each turn that the first sweep takes
 STUCK = 60.0  # seconds without a turn of the loop after which the worker is not well
 REMEMBERED = 3600.0  # seconds that a run is remembered which was not looked at
@@ -98,7 +99,8 @@ class Worker:
         self._next_answers = 0.0
         self._answer_problems = 0
         self._sweep: Iterator[None] | None = None
-        self._sweep_began, self._is_first_sweep, self._next_swept = 0.0, True, 0.0
+        self._next_sweep, self._is_first_sweep, self._next_swept = 0.0, True, 0.0
+        self._began = time.monotonic()
         self._stopping: float | None = None  # since when
         self._signals = 0
         self._turned = time.monotonic()
@@ -114,14 +116,13 @@ class Worker:
         Raises:
             InvalidWorkerSettings: If it cannot work as told.
         """
-        began = time.monotonic()
         woken = self._listen_for_signals()
         try:
             self._open()
             server = numbers.serve(self.settings.http, self.metrics, self.health) if self.settings.http else None
             where = f", health and metrics on port {server.server_port}" if server else ""
             self._say(
-                f"worker is up in {time.monotonic() - began:.1f} s: {self.settings.concurrency} runs at once, watching "
+                f"worker is up in {time.monotonic() - self._began:.1f} s: {self.settings.concurrency} runs at once, watching "
                 f"{', '.join(a.store.uri for a in self._agendas.values())}{where}",
                 event="up",
             )
@@ -397,9 +398,9 @@ class Worker:
         """Go on with the sweep: quickly at the start, then little by little."""
         now = time.monotonic()
         if self._sweep is None:
-            if not self._is_first_sweep and now - self._sweep_began < self.settings.sweep:
+            if now < self._next_sweep:
                 return
-            self._sweep, self._sweep_began, self._next_swept = self._sweeping(), now, now
+            self._sweep, self._next_sweep, self._next_swept = self._sweeping(), now + self.settings.sweep, now
         while self._sweep is not None and time.monotonic() >= self._next_swept:
             try:
                 next(self._sweep)
@@ -407,11 +408,12 @@ class Worker:
                 self._sweep = None
                 if self._is_first_sweep:
                     self._is_first_sweep = False
-                    self._say(f"every unfinished run was looked at in {time.monotonic() - now:.1f} s", event="swept")
+                    took = time.monotonic() - self._began
+                    self._say(f"every unfinished run was looked at, {took:.1f} s after the start", event="swept")
                 return
             except Exception as problem:
-                self._sweep, self._sweep_began = None, now - self.settings.sweep + 30
-                self._problem(f"the sweep over unfinished runs stopped; again in 30 s: {_said(problem)}")
+                self._sweep, self._next_sweep = None, now + SWEEP_RETRY
+                self._problem(f"the sweep over unfinished runs stopped; again in {SWEEP_RETRY:g} s: {_said(problem)}")
                 return
             if self._is_first_sweep:
                 if time.monotonic() - now > FIRST_SWEEP:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from kitaru_zenml import checkpoint, event, flow, sleep, wait
+from kitaru_zenml import checkpoint, event, flow, gather_runs, sleep, wait
 
 
 def effects() -> Path:
@@ -68,6 +68,13 @@ def listening(run: str, count: int) -> list[Any]:
         if len(found) == count:
             break
     return found
+
+
+@flow(grace=0)
+def parenting(run: str) -> list[Any]:
+    results: list[Any] = gather_runs([asking.submit(f"{run}.child")])
+    effect(run, "joined")
+    return results
 
 
 def undo(run: str, reason: str) -> None:

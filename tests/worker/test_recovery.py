@@ -72,6 +72,16 @@ def test_an_event_of_another_name_does_not_make_it_loop(worker: Worker, name: st
     assert epochs(run) == 3
 
 
+def test_a_parent_goes_on_when_its_child_has_ended(worker: Worker, name: str) -> None:
+    run = flows.parenting.run(name).id
+    assert status(run) == "paused"
+    (join,) = journal(run).open_waits()
+    client.answer(join.runs[0], "yes")
+    worker.until_status(join.runs[0], "completed")
+    worker.until_status(run, "completed")
+    assert effects(name) == ["joined"] and effects(f"{name}.child") == ["before", "after yes"]
+
+
 def test_a_suspended_run_is_cancelled(worker: Worker, name: str) -> None:
     run = flows.cancellable.run(name).id
     client.request_cancel(run, "no need")
