@@ -15,11 +15,11 @@ from zenml.models import PipelineRunResponse, PipelineRunUpdate
 
 from kitaru_zenml import codec, leg
 from kitaru_zenml.artifact_store import open_store
-from kitaru_zenml.errors import RunFinished, RunGivenUp
+from kitaru_zenml.errors import JournalGap, RunFinished, RunGivenUp
 from kitaru_zenml.journal.due import leave_hint
 from kitaru_zenml.journal.journal import Journal, Snapshot, new_nonce
 from kitaru_zenml.journal.lease import HeldLease, take_lease
-from kitaru_zenml.journal.records import LegClosedEvent, chain_root
+from kitaru_zenml.journal.records import Failure, LegClosedEvent, chain_root
 from kitaru_zenml.options import FlowOptions
 from kitaru_zenml.runs import PARENT, artifact_store_of, find_run, flow_options
 
@@ -45,9 +45,8 @@ def fail_unless_closed(run_id: str, error: BaseException) -> None:
     """
     run = find_run(run_id)
     journal = Journal(open_store(artifact_store_of(run)), str(run.id))
-    snapshot = journal.load(on_corrupt=lambda _: None)
     newest = max((lease.epoch for lease in journal.leases()), default=0)
-    if run.status == ExecutionStatus.FAILED and snapshot.last_close is not None and snapshot.last_close.epoch == newest:
+    if run.status == ExecutionStatus.FAILED and _failure_told(_load(journal), since=newest) is not None:
         return
     _end(run, journal, error, "raised", None)
 
@@ -65,20 +64,34 @@ def _end(
         run = find_run(run.id)
         if run.status.is_finished and run.status != ExecutionStatus.FAILED:
             raise RunFinished(str(run.id), run.status.value)
-        snapshot = journal.load(on_corrupt=lambda _: None)
+        snapshot = _load(journal)
         died = max((held.epoch for held in journal.leases() if held.purpose not in ("settle", "give up")), default=lease.epoch)
-        told = snapshot.last_close
-        if told is not None and told.status == "failed" and told.failure is not None and told.epoch >= died:
-            error, ending = codec.decode_failure(told.failure), "raised"  # it has failed; only ZenML does not show it
-        else:
+        failure = _failure_told(snapshot, since=died)
+        if failure is not None:
+            error, ending = codec.decode_failure(failure), "raised"  # it has failed; only ZenML does not show it
+        leg.report_failure(run, journal, died, ending, error, snapshot=snapshot or Snapshot())
+        if failure is None and snapshot is not None:
             _close(journal, snapshot, lease, error)
-        leg.report_failure(run, journal, died, ending, error, snapshot=snapshot)
         lease.check()
         _publish(run, str(error))
     finally:
         lease.release()
     if parent := run.config.extra.get(PARENT):
         leave_hint(journal.store, str(parent), datetime.now(UTC))  # it may wait for this run
+
+
+def _load(journal: Journal) -> Snapshot | None:
+    """What of the journal can be read; `None` if events are missing, so that none can be appended."""
+    try:
+        return journal.load(on_corrupt=lambda _: None)
+    except JournalGap:
+        return None
+
+
+def _failure_told(snapshot: Snapshot | None, since: int) -> Failure | None:
+    """The failure with which a leg of this epoch or later has closed."""
+    close = snapshot.last_close if snapshot is not None else None
+    return close.failure if close is not None and close.status == "failed" and close.epoch >= since else None
 
 
 def _close(journal: Journal, snapshot: Snapshot, lease: HeldLease, error: BaseException) -> None:

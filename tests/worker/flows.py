@@ -77,6 +77,17 @@ def parenting(run: str) -> list[Any]:
     return results
 
 
+@checkpoint(at_most_once=True)
+def pay(run: str) -> str:
+    kill_once(run, "pay")
+    return "paid"
+
+
+@flow(lapse_seconds=2)
+def paying(run: str) -> str:
+    return pay(run)
+
+
 def undo(run: str, reason: str) -> None:
     note(f"{run}|undone {reason}")
 

@@ -22,6 +22,7 @@ from kitaru_zenml.journal.inbox import put_answer
 from kitaru_zenml.journal.journal import new_nonce
 from kitaru_zenml.journal.records import DUE_FOLDER, Answer, LegClosedEvent
 from kitaru_zenml.journal.verify import verify
+from kitaru_zenml.resumption import resume, settle
 from kitaru_zenml.runs import find_run
 from tests.worker import flows
 from tests.worker.harness import ROOT, Worker, effects, epochs, journal, run_to_death, status, until
@@ -145,6 +146,16 @@ def test_a_run_whose_flow_cannot_be_imported_fails_with_the_reason(worker: Worke
     assert close is not None and close.failure is not None and f"gone_{name}" in close.failure.message
     assert Client().list_artifact_versions(artifact="gone.failure").total == 1
     assert epochs(run) == 3, "the suspended leg, the one that could not begin, the one that said so"
+
+
+def test_a_run_with_a_step_in_doubt_waits_for_a_person(worker: Worker, name: str) -> None:
+    run = run_to_death("paying", name)
+    worker.until(lambda: (c := journal(run).load().last_close) is not None and c.status == "failed")
+    worker.until_status(run, "failed")
+    close = journal(run).load().last_close
+    assert close is not None and close.failure is not None and "kitaru settle" in close.failure.message
+    settle(run, "pay#0", value="paid by hand")
+    assert resume(run).result() == "paid by hand"
 
 
 def test_hints_that_were_lost_are_found_by_the_sweep(worker: Worker, name: str) -> None:
