@@ -6,7 +6,7 @@
 #   make test               the tests, crash sweeps sampled
 #   make crash-sweep        every store operation of every flow as a crash point
 #   make soak               200 runs over 3 workers, while flows and workers are killed for 10 minutes
-#   make bench              what a step costs; writes bench/results/
+#   make bench              what a step, a suspension and a fork cost; writes bench/results/
 #   make lint types         ruff, mypy
 
 VENV := .venv
@@ -50,6 +50,8 @@ soak: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/step_overhead.py $(ARGS)
+	$(BIN)/python bench/suspend_resume.py
+	$(BIN)/python bench/fork.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
