@@ -119,6 +119,7 @@ class Engine:
         self._parked: dict[Waiter, str] = {}
         self._open: dict[Waiter, _Open] = {}
         self._suspended_on: list[OpenWait] = []
+        self._ends = False
         self._looked: dict[Waiter, int] = {}  # size of the inbox before the last look of each that waits
         self.inbox_seen = 0  # what of the inbox the leg has looked at for all that it suspended on
         self._holds: dict[str, str] = {}  # path of an executing step -> limit whose slot it holds
@@ -282,11 +283,17 @@ class Engine:
         while self._storing and time.monotonic() < deadline:
             time.sleep(0.01)
 
+    def end_waits(self) -> None:
+        """The flow's body has failed: nobody wants any more what its submitted branches wait for."""
+        with self.lock:
+            self._ends = True
+        self.look()
+
     def go_on(self) -> None:
         """Take calls again after a cancellation, for the flow's `on_cancel` hook."""
         with self.lock:
             if isinstance(self.halted, RunCancelled):
-                self.halted = None
+                self.halted, self._ends = None, False
 
     def _check(self) -> None:
         if self.halted is not None:
@@ -697,6 +704,8 @@ class Engine:
                             raise self.halt(RunSuspended(self.run_id, [(w.kind, w.display) for w in self._suspended_on]))
                 yield Wait(waiter, _until(wait.deadline, LOOK))
                 self._check()
+                if self._ends:
+                    raise RunHalted(KitaruError(f"Run {self.run_id} is ending, so `{wait.display}` waits no more."))
         finally:
             with self.lock:
                 self._open.pop(waiter, None)

@@ -92,6 +92,11 @@ class Ended:
         return "stopped" if is_stop else "failed"
 
     @property
+    def cancelled(self) -> bool:
+        """Whether the run was cancelled, which is its end; a leg that Ctrl-C stopped may be resumed."""
+        return isinstance(self.error, RunCancelled)
+
+    @property
     def superseded(self) -> bool:
         """Whether another process has the run now, so that this one must not touch it."""
         return isinstance(self.error, LeaseLost)
@@ -262,6 +267,7 @@ class Execution:
         except RunHalted as halted:
             return Ended(error=halted.error)
         except BaseException as error:
+            self.engine.end_waits()
             if self.engine.halted is not None:  # what somebody made of it on its way up does not matter
                 return Ended(error=self.engine.halted)
             return Ended(error=error)

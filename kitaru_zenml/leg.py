@@ -41,7 +41,6 @@ from kitaru_zenml.errors import (
     ForkIncomplete,
     KitaruError,
     LeaseLost,
-    RunCancelled,
     RunIsLeased,
     StoreUnavailable,
     WrongArtifactStore,
@@ -187,12 +186,9 @@ def execute(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
         report.error = ended.error
     if ended.interrupted:
         fence.let_go()
-    if ended.status in ("paused", "stopped") and not fence.closed:
+    if (ended.status == "paused" or ended.cancelled) and not fence.closed:
         fence.conclude()
-        if ended.status == "paused":
-            raise RunPaused
-        if isinstance(ended.error, RunCancelled):
-            raise _WaitConditionAborted(str(ended.error))
+        raise RunPaused if ended.status == "paused" else _WaitConditionAborted(str(ended.error))
     if ended.error is not None and not fence.closed:
         ended.error.add_note(
             f"Run {run.id} of flow `{flow.name}` ended here. Look at it with `kitaru show {run.id}`, go on with `kitaru resume {run.id}`."
@@ -359,7 +355,7 @@ class _Fence:
             else:
                 conditions.close(suspending=False)
                 _patiently(publish or (lambda: self._stop(ended)))
-                if ended.status != "failed":  # which a resume may continue: its question still stands
+                if ended.error is None or ended.cancelled:  # else a resume may continue it, and its question still stands
                     _patiently(lambda: close_pending(execution.run_id))
         except LeaseLost as lost:
             logger.warning("%s", lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -176,3 +177,17 @@ async def parent_async(n: int) -> int:
 def unlucky(forgiving: bool) -> list[str]:
     handles = [child.submit(12), child.submit(13)]
     return [str(result) for result in gather_runs(handles, return_exceptions=forgiving)]
+
+
+@checkpoint
+def ask(name: str) -> str:
+    return str(wait(name, schema=str))
+
+
+@flow(grace=None)
+def broken(error: str) -> str:
+    answer = ask.submit("approve")
+    time.sleep(2)
+    if not os.path.exists(os.environ["EFFECTS"] + ".mended"):
+        raise KeyboardInterrupt if error == "ctrl-c" else ValueError(error)
+    return answer.result()

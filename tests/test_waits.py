@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -81,6 +83,17 @@ def test_zenml_shows_the_question_and_its_answer_is_the_runs(effects: Path) -> N
     assert resume(handle.id).result() == "kept"
     record = next(r for r in open_journal(handle.run).load().records.values() if r.kind == "wait")
     assert record.metadata["via"] == "zenml" and record.metadata["answered_by"] == Client().active_user.name
+
+
+def test_zenmls_command_line_answers() -> None:
+    handle = flows.asking.run(1)
+    condition = conditions.pending(handle.id)
+    assert condition is not None
+    zenml = [sys.executable, "-c", "from zenml.cli.cli import cli; cli()", "pipeline", "runs", "wait-conditions"]
+    resolving = ["resolve", str(condition.id), "--resolution", "continue", "--result", '{"ok": true}']
+    said = subprocess.run([*zenml, *resolving], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert resume(handle.id).result() == "spent 2"
 
 
 def test_an_answer_that_only_pydantic_refuses_keeps_the_wait_open_and_is_asked_again_in_zenml() -> None:
@@ -304,6 +317,20 @@ def test_children_can_be_kept() -> None:
     [start] = [r for r in open_journal(handle.run).load().records.values() if r.kind == "run"]
     assert client.cancel(handle.id, keep_children=True) == "stopped"
     assert RunHandle(start.outcome.data["run"]).status == "paused"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("how", "error"), [("ctrl-c", KeyboardInterrupt), ("a bug", ValueError)])
+def test_a_run_that_ended_beside_an_open_question_is_resumed_and_the_question_still_stands(
+    how: str, error: type[BaseException], effects: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        flows.broken.run(how)
+    run_id = caught.value.__notes__[0].split()[1]
+    assert RunHandle(run_id).status == "failed"
+    assert conditions.pending(run_id) is not None
+    Path(f"{effects}.mended").touch()
+    client.answer(run_id, "fine")
+    assert resume(run_id).result() == "fine"
 
 
 # --- children ------------------------------------------------------------------------------------------------------------
