@@ -12,22 +12,40 @@ Example:
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kitaru_zenml.checkpoints import current_step
+from kitaru_zenml.codec import decode_failure, register_failure, type_path
 from kitaru_zenml.drivers import AsyncCaller, SyncCaller, drive, drive_async
 from kitaru_zenml.engine import Call
 from kitaru_zenml.errors import NotInRun
 from kitaru_zenml.execution import any_live
 from kitaru_zenml.identity import HERE, Branch, Here, check_name
 from kitaru_zenml.inputs import digest_inputs
-from kitaru_zenml.journal.records import Scope
+from kitaru_zenml.journal.records import Failure, Scope
 from kitaru_zenml.options import StepOptions
 from kitaru_zenml.waits import wait
 
-__all__ = ["Step", "current_step", "in_run", "run_step", "run_step_sync", "scope", "scope_sync", "wait"]
+__all__ = [
+    "Failure",
+    "Step",
+    "current_step",
+    "decode_failure",
+    "derived_id",
+    "in_run",
+    "register_failure",
+    "run_step",
+    "run_step_sync",
+    "scope",
+    "scope_sync",
+    "type_path",
+    "wait",
+]
+
+_IDS = uuid.UUID("5f1c9d0e-7a2b-4f53-9a43-1f6c0c1d7e42")
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,16 @@ def in_run() -> bool:
     return False
 
 
+def derived_id(name: str) -> str:
+    """An id for the next thing of this name that the code does here: the same again on a replay, another one each time it is asked.
+
+    For ids that a framework gives to its runs. It follows the order within the branch, so it must not identify a step.
+    """
+    here = _here(name)
+    number = here.execution.engine.count_here(("id", name, here.branch.name), here)
+    return str(uuid.uuid5(_IDS, f"{here.execution.run_id}|{here.path}|{here.branch.name}|{name}|{number}"))
+
+
 async def run_step(step: Step, body: Callable[[], Awaitable[Any]]) -> Any:
     """Replay or run a step; returns its outcome, or raises its failure, as a replay gives it."""
     here = _here(step.name)
@@ -102,7 +130,7 @@ async def scope(name: str, inputs: Mapping[str, Any], *, kind: str, key: str | N
     engine = here.execution.engine
     call = Step(name, inputs, key, kind)._call()
     opened = await drive_async(engine.enter(call, here, AsyncCaller()), here.execution.store, name, _no_body_async)
-    with _inside(here, opened):
+    with _inside(here, opened, is_async=True):
         yield opened
 
 
@@ -112,14 +140,14 @@ def scope_sync(name: str, inputs: Mapping[str, Any], *, kind: str, key: str | No
     here = _here(name)
     call = Step(name, inputs, key, kind)._call()
     opened = drive(here.execution.engine.enter(call, here, SyncCaller()), here.execution.store, name, _no_body)
-    with _inside(here, opened):
+    with _inside(here, opened, is_async=here.is_async):
         yield opened
 
 
 @contextlib.contextmanager
-def _inside(here: Here, opened: Scope) -> Iterator[None]:
+def _inside(here: Here, opened: Scope, *, is_async: bool) -> Iterator[None]:
     branch = Branch(enclosing=here.branch)
-    token = HERE.set(replace(here, branch=branch, scopes=(*here.scopes, opened)))
+    token = HERE.set(replace(here, branch=branch, scopes=(*here.scopes, opened), is_async=is_async))
     try:
         yield
     finally:

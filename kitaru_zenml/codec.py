@@ -474,11 +474,16 @@ def encode_failure(error: BaseException) -> Failure:
     return Failure(type=type_path(type(error)), message=_message(error), args=args, state=state, traceback=text[-20_000:])
 
 
-def decode_failure(failure: Failure) -> BaseException:
-    """The exception of a recorded failure: of its own class if that is imported here, else `RecordedFailure`."""
-    if failure.type in _REBUILDERS:
+def decode_failure(failure: Failure, cls: type | None = None) -> BaseException:
+    """The exception of a recorded failure: of its own class if that is imported here, else `RecordedFailure`.
+
+    Args:
+        failure: As recorded.
+        cls: The class to rebuild it as, for an adapter that knows better than the recorded name.
+    """
+    if cls is None and failure.type in _REBUILDERS:
         return _REBUILDERS[failure.type](failure)
-    cls = find_class(failure.type, load=False)
+    cls = cls or find_class(failure.type, load=False)
     if cls is None or not issubclass(cls, Exception) or failure.args is None:
         return RecordedFailure(failure.type, failure.message)
     # Not through `__init__`: many exceptions compute their arguments there, from others that are gone.

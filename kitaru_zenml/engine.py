@@ -355,6 +355,11 @@ class Engine:
             if not here.scopes:
                 self._forget_inside(scope.path)
 
+    def count_here(self, what: Any, here: Here) -> int:
+        """How often something was counted before within the scope; a retry of the body around it counts anew."""
+        with self.lock:
+            return self._scope(here.scopes).count(what)
+
     def finish(self, flow: str, parameters: dict[str, Any], returns: Any, value: Any) -> Steps:
         """Store the flow's own outcome, under the path "/"; returns it as a replay gives it.
 

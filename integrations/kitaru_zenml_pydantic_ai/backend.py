@@ -1,0 +1,120 @@
+"""Runs each operation of Pydantic AI as a step of the runtime: what is recorded for it, and what a replay makes of that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_ai.durable_exec import (
+    JSON_CODEC,
+    DurableOperationId,
+    JournalCallableOperationBackend,
+    ModelCompactMessagesId,
+    ModelRequestId,
+    ToolsetCallToolId,
+    ToolsetValidateToolArgumentsId,
+)
+from pydantic_ai.messages import ModelResponse
+from pydantic_ai.tools import RunContext
+from pydantic_ai.usage import RunUsage
+
+from kitaru_zenml.adapters import Step, current_step, run_step
+from kitaru_zenml.options import StepOptions
+from kitaru_zenml_pydantic_ai.messages import compact_response, cost_of, facts, response_of
+from kitaru_zenml_pydantic_ai.options import Redact, StepSettings
+from kitaru_zenml_pydantic_ai.outcomes import Outcome, UnreadableOutcome, tool_outcome
+from kitaru_zenml_pydantic_ai.steps import step_of
+
+Body = Callable[[], Awaitable[Any]]
+
+
+class StepBackend(JournalCallableOperationBackend[StepOptions]):
+    """`execute` for every operation that `BaseDurabilityCapability` routes."""
+
+    def __init__(self, *, agent_name: str, config: StepSettings, redact: Redact | None) -> None:
+        super().__init__(agent_name=agent_name, config=config)
+        self._redact = redact
+
+    async def execute(
+        self,
+        *,
+        operation_id: DurableOperationId,
+        name: str,
+        body: Body,
+        cache_key: tuple[object, ...],
+        config: StepOptions,
+    ) -> object:
+        """Replay or run an operation; see the base."""
+        step = self._redacted(step_of(operation_id, cache_key, name, config))
+        match operation_id:
+            case ModelRequestId() | ModelCompactMessagesId():
+                return await _model_step(step, body)
+            case ToolsetCallToolId():
+                return await _tool_step(step, _context(cache_key), body)
+            case ToolsetValidateToolArgumentsId():
+                return await _validation_step(step, body)
+            case _:
+                return await run_step(step, body)
+
+    def _redacted(self, step: Step) -> Step:
+        if self._redact is None:
+            return step
+        inputs = self._redact(step.name, copy.deepcopy(dict(step.inputs)))
+        changed = sorted(name for name in {*step.inputs, *inputs} if step.inputs.get(name) != inputs.get(name))
+        if not changed:
+            return step
+        metadata = (*step.options.metadata, ("redacted", changed))
+        return replace(step, inputs=inputs, options=replace(step.options, metadata=metadata))
+
+
+async def _model_step(step: Step, body: Body) -> Any:
+    async def counted() -> Any:
+        dumped = await body()
+        response = JSON_CODEC.load(ModelResponse, dumped)
+        usage = response.usage
+        current_step().log_usage(
+            response.model_name or step.inputs.get("model", ""), usage.input_tokens, usage.output_tokens, cost_of(response)
+        )
+        current_step().log_metadata(**facts(response))
+        return compact_response(dumped)
+
+    recorded = response_of(await run_step(step, counted))
+    try:
+        JSON_CODEC.load(ModelResponse, recorded)
+    except ValidationError as error:
+        raise UnreadableOutcome(f"the model step `{step.name}`", str(error)) from None
+    return recorded
+
+
+async def _tool_step(step: Step, ctx: RunContext[Any], body: Body) -> Outcome:
+    shared = ctx.usage  # of the whole agent run, and of tools that run beside this one
+
+    async def counted() -> Any:
+        # A sub-agent counts on a copy, so that what it consumed can be told apart, recorded, and counted again on a replay.
+        own, before = copy.deepcopy(shared), copy.deepcopy(shared)
+        ctx.usage = own
+        try:
+            payload = await body()
+        finally:
+            ctx.usage = shared
+        current_step().log_metadata(tool=ctx.tool_name, tool_call_id=ctx.tool_call_id)
+        return tool_outcome(payload, own - before)
+
+    outcome = Outcome(await run_step(step, counted))
+    if outcome.usage is not None:
+        shared.incr(outcome.usage)
+    return outcome
+
+
+async def _validation_step(step: Step, body: Body) -> Outcome:
+    async def validated() -> Any:
+        return tool_outcome(await body(), RunUsage())
+
+    return Outcome(await run_step(step, validated))
+
+
+def _context(cache_key: tuple[object, ...]) -> RunContext[Any]:
+    return next(part for part in cache_key if isinstance(part, RunContext))

@@ -1,0 +1,31 @@
+"""Errors of models as they are rebuilt from a record, so that fallbacks and hooks see on a replay what they saw live.
+
+An HTTP error with a category (rate limit, server error, ...) has a private class that bears its category's name, so the name alone does not
+find it again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pydantic_ai.exceptions import ModelAPIError, ModelHTTPError
+
+from kitaru_zenml.adapters import Failure, decode_failure, register_failure, type_path
+
+
+def register_model_errors() -> None:
+    """Let the runtime rebuild the HTTP errors that have a category."""
+    for http_class in _subclasses(ModelHTTPError):
+        categories = [base for base in http_class.__bases__ if not issubclass(base, ModelHTTPError)]
+        for category in categories:
+            if issubclass(category, ModelAPIError) and type_path(category) == type_path(http_class):
+                register_failure(category, partial(_rebuild, http_class=http_class, category=category))
+
+
+def _rebuild(failure: Failure, *, http_class: type[ModelHTTPError], category: type[ModelAPIError]) -> BaseException:
+    return decode_failure(failure, http_class if "status_code" in failure.state else category)
+
+
+def _subclasses(cls: type[ModelHTTPError]) -> list[type[ModelHTTPError]]:
+    direct = cls.__subclasses__()
+    return [*direct, *(inner for one in direct for inner in _subclasses(one))]
