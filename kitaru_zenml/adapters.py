@@ -36,6 +36,7 @@ __all__ = [
     "decode_failure",
     "derived_id",
     "in_run",
+    "last_record",
     "register_failure",
     "run_step",
     "run_step_sync",
@@ -60,6 +61,7 @@ class Step:
         volatile: Inputs that may differ on a replay (timestamps, ids): they do not identify the step.
         options: Retries, timeout and the like.
         returns: The type of its outcome, for values that do not describe themselves.
+        after: Keys of the records that it follows (see `last_record`), where the framework's tasks do not show it.
     """
 
     name: str
@@ -69,13 +71,14 @@ class Step:
     volatile: tuple[str, ...] = ()
     options: StepOptions = field(default_factory=StepOptions)
     returns: Any = Any
+    after: tuple[str, ...] = ()
 
     def _call(self) -> Call:
         check_name(self.name, self.key)
         ignore = (*self.options.ignore, *self.volatile)
         return Call(
             self.name, digest_inputs(self.inputs, ignore), replace(self.options, ignore=ignore), key=self.key, kind=self.kind,
-            returns=self.returns,
+            returns=self.returns, after=self.after,
         )  # fmt: skip
 
 
@@ -90,6 +93,12 @@ def in_run() -> bool:
     if any_live():
         raise NotInRun("a durable call of an adapter")
     return False
+
+
+def last_record() -> str | None:
+    """The key of the record that this line of execution got last: that of the step which it has just run."""
+    here = HERE.get()
+    return None if here is None else here.branch.last
 
 
 def derived_id(name: str) -> str:

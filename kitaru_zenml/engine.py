@@ -98,6 +98,7 @@ class Call:
     kind: str = "step"
     returns: Any = Any  # the declared return type
     waiting: Waiting | None = None  # instead of a body: what the call waits for
+    after: tuple[str, ...] = ()  # keys of records that it follows, beside what its branch got last
 
 
 class Engine:
@@ -804,7 +805,7 @@ class Engine:
                 digest=scope.digest, turn=scope.turn, scopes=here.scopes, arguments=call.inputs.arguments, inputs=inputs, known=known,
                 opaque=call.inputs.opaque, outcome=value,
                 outcome_digest=_outcome_digest(encoded), failure=failure, attempts=tuple(attempts),
-                after=(here.branch.last,) if here.branch.last else (), idempotency_key=idempotency_key,
+                after=_follows(call, here), idempotency_key=idempotency_key,
                 usage=step.usage if step else None, at_most_once=call.options.at_most_once, metadata=_plain(step.metadata if step else {}),
                 step_run=step.step_run if step else None, started_at=outcome.started, ended_at=_now(),
             )  # fmt: skip
@@ -919,6 +920,12 @@ def _equal_but_for(ignored: tuple[str, ...], call: Call, known: Known) -> bool:
     if known.record is None:
         return False
     return {n: d for n, d in known.record.arguments.items() if n not in ignored} == call.inputs.arguments
+
+
+def _follows(call: Call, here: Here) -> tuple[str, ...]:
+    """The records that a step comes after."""
+    last = () if here.branch.last is None else (here.branch.last,)
+    return tuple(dict.fromkeys((*call.after, *last)))
 
 
 def _runs_again(record: StepRecord) -> bool:

@@ -55,9 +55,7 @@ class RuntimeWaiter(ExternalEventWaiter):
     def __init__(self, agent: str) -> None:
         self._agent = agent
 
-    async def wait(
-        self, name: str, *, ask: Callable[[str], Awaitable[JsonValue]], timeout: timedelta | None
-    ) -> JsonValue:
+    async def wait(self, name: str, *, ask: Callable[[str], Awaitable[JsonValue]], timeout: timedelta | None) -> JsonValue:
         """Ask once, as a step, then wait for the answers; see the base.
 
         Raises:
@@ -67,7 +65,9 @@ class RuntimeWaiter(ExternalEventWaiter):
         pending_requests.set(None)
         about = _about(requests) if requests is not None else []
         token = adapters.derived_id(f"ask:{name}")
-        answer = await run_step(Step(f"ask:{name_part(name)}", {"calls": about, "token": token}, volatile=("token",)), lambda: ask(token))
+        answer = await run_step(
+            Step(f"ask:{name_part(name)}", {"calls": about, "token": token}, volatile=("token",)), lambda: ask(token)
+        )
         if answer is not None:
             return answer  # type: ignore[no-any-return]
         if requests is None:
@@ -86,10 +86,13 @@ async def _answers(requests: DeferredToolRequests, timeout: timedelta | None) ->
     calls = [*requests.approvals, *requests.calls]
     ids = [call.tool_call_id for call in calls]
     if len(set(ids)) != len(ids):
-        raise UserError(f"The model gave the same id to several pending tool calls: {ids}. No answer can be told to belong to one.")
+        raise UserError(
+            f"The model gave the same id to several pending tool calls: {ids}. No answer can be told to belong to one."
+        )
     approving = [_approval(call, requests.metadata.get(call.tool_call_id), timeout) for call in requests.approvals]
     getting = [
-        _result(call, requests.kind(call.tool_call_id), requests.metadata.get(call.tool_call_id), timeout) for call in requests.calls
+        _result(call, requests.kind(call.tool_call_id), requests.metadata.get(call.tool_call_id), timeout)
+        for call in requests.calls
     ]
     answers = await asyncio.gather(*approving, *getting)
     given = dict(zip(ids, answers, strict=True))
@@ -115,7 +118,9 @@ async def _approval(call: ToolCallPart, metadata: Any, timeout: timedelta | None
 
 
 async def _result(call: ToolCallPart, kind: str, metadata: Any, timeout: timedelta | None) -> Any:
-    question = f"{'The agent asks' if kind == 'question' else 'What is the result of'} {call.tool_name}({call.args_as_json_str()})"
+    question = (
+        f"{'The agent asks' if kind == 'question' else 'What is the result of'} {call.tool_name}({call.args_as_json_str()})"
+    )
     try:
         return await adapters.wait(
             f"{'question' if kind == 'question' else 'result'}:{name_part(call.tool_name)}", schema=Any, question=question,

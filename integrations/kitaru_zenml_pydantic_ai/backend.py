@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +22,7 @@ from pydantic_ai.messages import ModelResponse
 from pydantic_ai.tools import RunContext
 from pydantic_ai.usage import RunUsage
 
-from kitaru_zenml.adapters import Step, current_step, run_step
+from kitaru_zenml.adapters import Step, current_step, last_record, run_step
 from kitaru_zenml.options import StepOptions
 from kitaru_zenml_pydantic_ai.messages import compact_response, cost_of, facts, response_of
 from kitaru_zenml_pydantic_ai.options import Redact, StepSettings
@@ -29,6 +30,17 @@ from kitaru_zenml_pydantic_ai.outcomes import Outcome, UnreadableOutcome, tool_o
 from kitaru_zenml_pydantic_ai.steps import step_of
 
 Body = Callable[[], Awaitable[Any]]
+
+
+@dataclass
+class Turn:
+    """Which records the next steps of an agent run follow: tools the model step that asked for them, a model step those tools."""
+
+    model: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+
+
+turn: ContextVar[Turn | None] = ContextVar("kitaru_pydantic_ai_turn", default=None)
 
 
 class StepBackend(JournalCallableOperationBackend[StepOptions]):
@@ -81,7 +93,9 @@ async def _model_step(step: Step, body: Body) -> Any:
         current_step().log_metadata(**facts(response))
         return compact_response(dumped)
 
-    recorded = response_of(await run_step(step, counted))
+    at = turn.get() or Turn()
+    recorded = response_of(await run_step(replace(step, after=at.tools), counted))
+    at.model, at.tools = _last(), ()
     try:
         JSON_CODEC.load(ModelResponse, recorded)
     except ValidationError as error:
@@ -103,7 +117,9 @@ async def _tool_step(step: Step, ctx: RunContext[Any], body: Body) -> Outcome:
         current_step().log_metadata(tool=ctx.tool_name, tool_call_id=ctx.tool_call_id)
         return tool_outcome(payload, own - before)
 
-    outcome = Outcome(await run_step(step, counted))
+    at = turn.get() or Turn()
+    outcome = Outcome(await run_step(replace(step, after=at.model), counted))
+    at.tools = (*at.tools, *_last())
     if outcome.usage is not None:
         shared.incr(outcome.usage)
     return outcome
@@ -114,6 +130,11 @@ async def _validation_step(step: Step, body: Body) -> Outcome:
         return tool_outcome(await body(), RunUsage())
 
     return Outcome(await run_step(step, validated))
+
+
+def _last() -> tuple[str, ...]:
+    key = last_record()
+    return () if key is None else (key,)
 
 
 def _context(cache_key: tuple[object, ...]) -> RunContext[Any]:

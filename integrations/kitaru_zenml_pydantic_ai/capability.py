@@ -7,7 +7,7 @@ what other engines leave out: output functions, custom toolsets, run-time models
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from pydantic_ai.tools import AgentDepsT, DeferredToolRequests, DeferredToolResu
 from kitaru_zenml import adapters, sleep
 from kitaru_zenml.adapters import Step, run_step
 from kitaru_zenml_pydantic_ai.approvals import RuntimeWaiter, pending_requests
-from kitaru_zenml_pydantic_ai.backend import StepBackend
+from kitaru_zenml_pydantic_ai.backend import StepBackend, Turn, turn
 from kitaru_zenml_pydantic_ai.failures import register_model_errors
 from kitaru_zenml_pydantic_ai.messages import message_trees
 from kitaru_zenml_pydantic_ai.options import METADATA_KEY, Redact, StepConfig, StepSettings, step_options
@@ -164,6 +164,7 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
             return await handler()
         about: dict[str, Any] = {"prompt": ctx.prompt, "history": message_trees(ctx.messages)}
         async with adapters.scope(self._scope_name, about, kind="agent"):
+            turn.set(Turn())
             with _outside_a_unit(), Agent.using_sleep(_durable_sleep), external_event_scope(RuntimeWaiter(self._scope_name)):
                 return await super().wrap_run(ctx, handler=handler)
 

@@ -1,7 +1,7 @@
 """What a user can say about steps: defaults of an agent, and per tool through the tool's metadata.
 
-    @agent.tool(metadata={"kitaru": {"retries": 2, "timeout": 30}})
-    @agent.tool(metadata={"kitaru": False})                          # plain: runs in the flow, no step of its own
+`@agent.tool(metadata={"kitaru": {"retries": 2, "timeout": 30}})` gives a tool's steps options of their own, `metadata={"kitaru": False}`
+makes it plain: it runs in the flow, without a step.
 """
 
 from __future__ import annotations

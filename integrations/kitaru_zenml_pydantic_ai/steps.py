@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic_ai.durable_exec import (
     CapabilityOperationId,
@@ -25,7 +25,7 @@ from pydantic_ai.durable_exec import (
     ToolsetGetToolsId,
     ToolsetValidateToolArgumentsId,
 )
-from pydantic_ai.messages import AgentStreamEvent, ModelMessage, ModelResponse
+from pydantic_ai.messages import AgentStreamEvent, ModelResponse
 from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import RunContext
 
@@ -68,9 +68,10 @@ def step_of(operation: DurableOperationId, about: tuple[object, ...], name: str,
         options: Retries and the like.
     """
     match operation, about:
-        case ModelRequestId(), (_, messages, settings, parameters, RunContext() as ctx):
-            inputs = request_inputs(model_name(operation.model_id, operation.model_name), _messages(messages), settings, parameters)  # type: ignore[arg-type]
-            return Step("model", inputs, kind="model", options=options)
+        case ModelRequestId(), (_, messages, settings, parameters, RunContext()):
+            model = model_name(operation.model_id, operation.model_name)
+            asked = request_inputs(model, cast(Any, messages), cast(Any, settings), cast(Any, parameters))
+            return Step("model", asked, kind="model", options=options)
         case ToolsetCallToolId(), (str() as tool, arguments, RunContext() as ctx, *_):
             return _tool_step("tool", ctx, tool, arguments, options)
         case ToolsetValidateToolArgumentsId(), (str() as tool, arguments, RunContext() as ctx, *_):
@@ -80,7 +81,7 @@ def step_of(operation: DurableOperationId, about: tuple[object, ...], name: str,
         case ToolsetGetInstructionsId(), (RunContext() as ctx,):
             return _discovery("instructions", operation.toolset_id, ctx, options)
         case EventStreamHandlerId(), (event,):
-            return _event_step(event, options)  # type: ignore[arg-type]
+            return _event_step(cast(AgentStreamEvent, event), options)
         case ModelCompactMessagesId(), (_, ModelRequestContext() as request, instructions, *_):
             inputs = {"messages": message_trees(request.messages), "model": operation.model_name, "instructions": instructions}
             return Step("compact", inputs, kind="model", options=options)
@@ -97,11 +98,6 @@ def step_of(operation: DurableOperationId, about: tuple[object, ...], name: str,
 def model_name(model_id: str | None, name: str) -> str:
     """A model as people call it: the id that it was chosen by, else its name."""
     return model_id if model_id is not None and not model_id.startswith("live:") else name
-
-
-def _messages(messages: Any) -> list[ModelMessage]:
-    assert isinstance(messages, list)
-    return messages
 
 
 def _tool_step(what: str, ctx: RunContext[Any], tool: str, arguments: Any, options: StepOptions) -> Step:

@@ -5,6 +5,7 @@ A leg is a real process with a ZenML client of its own; it dies by a real SIGKIL
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ def main() -> None:
     import kitaru_zenml.resumption  # noqa: F401
     from tests.crash import flows  # noqa: F401
 
+    for name in os.environ.get("ZYGOTE_IMPORTS", "").split():
+        importlib.import_module(name)
     print(json.dumps({"ready": True}), flush=True)
     children: dict[int, str] = {}
     for line in sys.stdin:
@@ -84,7 +87,8 @@ def perform(order: dict[str, Any]) -> dict[str, Any]:
         legs.open_store = open_store  # type: ignore[assignment]
         resumption.open_store = open_store  # type: ignore[assignment]
     if order["do"] == "run":
-        handle: Any = getattr(flows, order["flow"]).run(**order.get("inputs", {}))
+        module, _, name = order["flow"].rpartition(":")
+        handle: Any = getattr(importlib.import_module(module) if module else flows, name).run(**order.get("inputs", {}))
     elif order["do"] == "resume":
         handle = resumption.resume(order["run"], takeover=order.get("takeover", False))
     elif order["do"] == "settle":
