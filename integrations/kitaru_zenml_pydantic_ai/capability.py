@@ -36,6 +36,7 @@ from kitaru_zenml.adapters import Step, run_step
 from kitaru_zenml_pydantic_ai.approvals import RuntimeWaiter, pending_requests
 from kitaru_zenml_pydantic_ai.backend import StepBackend, Turn, turn
 from kitaru_zenml_pydantic_ai.failures import register_model_errors
+from kitaru_zenml_pydantic_ai.fallbacks import DurableFallback, with_attempts
 from kitaru_zenml_pydantic_ai.messages import message_trees
 from kitaru_zenml_pydantic_ai.options import METADATA_KEY, Redact, StepConfig, StepSettings, step_options
 from kitaru_zenml_pydantic_ai.outcomes import Outcome
@@ -130,10 +131,12 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
 
     async def _resolve_model_for_request(self, model_id: str | None, run_context: RunContext[AgentDepsT]) -> Model:
         if model_id is not None and model_id in self._live_models:
-            return self._live_models[model_id]
-        return await super()._resolve_model_for_request(model_id, run_context)
+            return with_attempts(self._live_models[model_id])
+        return with_attempts(await super()._resolve_model_for_request(model_id, run_context))
 
     def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
+        if isinstance(model, DurableFallback):
+            return True, None  # whoever made the model it copies opens and closes its clients
         for model_id, live in self._live_models.items():
             if live is model:
                 return True, model_id
