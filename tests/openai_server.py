@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +52,10 @@ class OpenAIServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):  # a killed client is no error of the server
+                    super().handle()
+
             def do_POST(self) -> None:
                 owner._serve(self)
 
@@ -70,19 +76,17 @@ class OpenAIServer:
         request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self._lock:
             self.requests.append(request)
-            number = len(self.requests)
+        number = len(request["messages"])  # told by the conversation, like all that is said
         answer = self.script(request)
         time.sleep(answer.delay)
-        # A client that was killed while it waited is no error of the server.
-        with contextlib.suppress(ConnectionError, BrokenPipeError):
-            if answer.status != 200:
-                error = {"error": {"message": f"status {answer.status}", "type": "scripted", "code": None}}
-                _send(handler, answer.status, json.dumps(error).encode(), "application/json", answer.headers)
-            elif request.get("stream"):
-                _stream(handler, request, answer, number)
-            else:
-                body = json.dumps(_completion(request, answer, number)).encode()
-                _send(handler, 200, body, "application/json", answer.headers)
+        if answer.status != 200:
+            error = {"error": {"message": f"status {answer.status}", "type": "scripted", "code": None}}
+            _send(handler, answer.status, json.dumps(error).encode(), "application/json", answer.headers)
+        elif request.get("stream"):
+            _stream(handler, request, answer, number)
+        else:
+            body = json.dumps(_completion(request, answer, number)).encode()
+            _send(handler, 200, body, "application/json", answer.headers)
 
 
 def _completion(request: dict[str, Any], answer: Answer, number: int) -> dict[str, Any]:
@@ -109,13 +113,11 @@ def _usage(request: dict[str, Any], answer: Answer) -> dict[str, int]:
 def _stream(handler: BaseHTTPRequestHandler, request: dict[str, Any], answer: Answer, number: int) -> None:
     handler.send_response(200)
     handler.send_header("Content-Type", "text/event-stream")
-    handler.send_header("Connection", "close")
+    handler.send_header("Transfer-Encoding", "chunked")  # so that a broken stream shows
     handler.end_headers()
     handler.close_connection = True
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
-    deltas += [{"content": word} for word in answer.text.split(" ") and [w + " " for w in answer.text.split(" ")][:-1]]
-    if answer.text:
-        deltas.append({"content": answer.text.split(" ")[-1]})
+    deltas += [{"content": word} for word in re.findall(r"\S+\s*", answer.text)]
     for index, (call_id, name, arguments) in enumerate(answer.tools):
         function = {"name": name, "arguments": ""}
         deltas.append({"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]})
@@ -123,17 +125,22 @@ def _stream(handler: BaseHTTPRequestHandler, request: dict[str, Any], answer: An
     chunk = {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": request["model"]}
     for sent, delta in enumerate(deltas):
         if answer.breaks_after is not None and sent >= answer.breaks_after:
-            handler.connection.close()
+            handler.connection.shutdown(socket.SHUT_RDWR)
             return
         _event(handler, {**chunk, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
     finish = "tool_calls" if answer.tools else "stop"
     _event(handler, {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     _event(handler, {**chunk, "choices": [], "usage": _usage(request, answer)})
-    handler.wfile.write(b"data: [DONE]\n\n")
+    _chunk(handler, b"data: [DONE]\n\n")
+    _chunk(handler, b"")
 
 
 def _event(handler: BaseHTTPRequestHandler, data: dict[str, Any]) -> None:
-    handler.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
+    _chunk(handler, f"data: {json.dumps(data)}\n\n".encode())
+
+
+def _chunk(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    handler.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
     handler.wfile.flush()
 
 

@@ -24,6 +24,7 @@ from pydantic_ai.usage import RunUsage
 
 from kitaru_zenml.adapters import Step, current_step, last_record, run_step
 from kitaru_zenml.options import StepOptions
+from kitaru_zenml_pydantic_ai.failures import give_streamed, keep_streamed
 from kitaru_zenml_pydantic_ai.messages import compact_response, cost_of, facts, response_of
 from kitaru_zenml_pydantic_ai.options import Redact, StepSettings
 from kitaru_zenml_pydantic_ai.outcomes import Outcome, UnreadableOutcome, tool_outcome
@@ -84,7 +85,11 @@ class StepBackend(JournalCallableOperationBackend[StepOptions]):
 
 async def _model_step(step: Step, body: Body) -> Any:
     async def counted() -> Any:
-        dumped = await body()
+        try:
+            dumped = await body()
+        except Exception as error:
+            keep_streamed(error)
+            raise
         response = JSON_CODEC.load(ModelResponse, dumped)
         usage = response.usage
         current_step().log_usage(
@@ -94,7 +99,11 @@ async def _model_step(step: Step, body: Body) -> Any:
         return compact_response(dumped)
 
     at = turn.get() or Turn()
-    recorded = response_of(await run_step(replace(step, after=at.tools), counted))
+    try:
+        recorded = response_of(await run_step(replace(step, after=at.tools), counted))
+    except Exception as error:
+        give_streamed(error)
+        raise
     at.model, at.tools = _last(), ()
     try:
         JSON_CODEC.load(ModelResponse, recorded)

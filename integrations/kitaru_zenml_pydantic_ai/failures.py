@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from pydantic_ai.durable_exec import JSON_CODEC
+from pydantic_ai.durable_exec._utils import mark_streamed_before_failing, streamed_before_failing
 from pydantic_ai.exceptions import ModelAPIError, ModelHTTPError
+from pydantic_ai.messages import ModelResponse
 
 from kitaru_zenml.adapters import Failure, decode_failure, register_failure, type_path
 
@@ -24,6 +27,18 @@ def register_model_errors() -> None:
 
 def _rebuild(failure: Failure, *, http_class: type[ModelHTTPError], category: type[ModelAPIError]) -> BaseException:
     return decode_failure(failure, http_class if "status_code" in failure.state else category)
+
+
+def keep_streamed(error: Exception) -> None:
+    """Let what a stream had said before it broke be recorded with its failure."""
+    if (partial := streamed_before_failing(error)) is not None:
+        error.streamed = JSON_CODEC.dump(ModelResponse, partial)  # type: ignore[attr-defined]
+
+
+def give_streamed(error: Exception) -> None:
+    """Tell Pydantic AI again what the stream had said: its usage counts, and the request is not taken for one that never began."""
+    if (partial := getattr(error, "streamed", None)) is not None:
+        mark_streamed_before_failing(error, JSON_CODEC.load(ModelResponse, partial))
 
 
 def _subclasses(cls: type[ModelHTTPError]) -> list[type[ModelHTTPError]]:

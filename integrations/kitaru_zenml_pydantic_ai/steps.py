@@ -71,7 +71,8 @@ def step_of(operation: DurableOperationId, about: tuple[object, ...], name: str,
         case ModelRequestId(), (_, messages, settings, parameters, RunContext()):
             model = model_name(operation.model_id, operation.model_name)
             asked = request_inputs(model, cast(Any, messages), cast(Any, settings), cast(Any, parameters))
-            return Step("model", asked, kind="model", options=options)
+            # Which model answers does not tell requests apart: finished answers stay when a run goes on, or forks, with another model.
+            return Step("model", asked, kind="model", volatile=("model",), options=options)
         case ToolsetCallToolId(), (str() as tool, arguments, RunContext() as ctx, *_):
             return _tool_step("tool", ctx, tool, arguments, options)
         case ToolsetValidateToolArgumentsId(), (str() as tool, arguments, RunContext() as ctx, *_):

@@ -117,6 +117,12 @@ def clerk_flow() -> str:
 
 
 @flow
+async def asking(model: str = "gpt-test") -> str:
+    """A flow whose model is an input."""
+    return (await clerk.run("book it", model=openai_model(model))).output.split("[")[0]
+
+
+@flow
 async def two_clerks() -> list[str]:
     results = await asyncio.gather(clerk.run("book it"), clerk.run("book it"))
     return [r.output for r in results]
