@@ -3,6 +3,7 @@
 #   make demo [STACK=s3]    the main job: audit, kill -9, resume, proof
 #   make demo-refunds       refunds wait for people, while no process runs
 #   make demo-research      a planner and its child runs, one corrected by a fork
+#   make demo-compliance    Pydantic AI agents: kill -9, resume, approvals, a fork
 #   make test               the tests, crash sweeps sampled
 #   make crash-sweep        every store operation of every flow as a crash point
 #   make soak               200 runs over 3 workers, while flows and workers are killed for 10 minutes
@@ -18,7 +19,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-refunds demo-research test crash-sweep soak bench lint types clean
+.PHONY: help setup demo demo-refunds demo-research demo-compliance test crash-sweep soak bench lint types clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -38,6 +39,9 @@ demo-refunds: $(STAMP)
 
 demo-research: $(STAMP)
 	$(BIN)/python -m examples.research_fanout.demo $(ARGS)
+
+demo-compliance: $(STAMP)
+	$(BIN)/python -m examples.compliance_agent.demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
