@@ -28,6 +28,7 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.messages import AgentStreamEvent, ModelResponse
 from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.tools import RunContext
+from pydantic_core import to_json
 
 from kitaru_zenml.adapters import Step
 from kitaru_zenml.options import StepOptions
@@ -48,10 +49,15 @@ def call_key(ctx: RunContext[Any]) -> str | None:
     """The key of a tool call: its id, and whether it is the call after an approval or a retry."""
     if ctx.tool_call_id is None:
         return None
-    key = _NOT_IN_A_KEY.sub("-", ctx.tool_call_id)
-    if len(key) > _KEY_LIMIT or key != ctx.tool_call_id:
-        key = f"{key[: _KEY_LIMIT - 9]}-{_short_digest(ctx.tool_call_id)}"
-    return f"{key}{' approved' if ctx.tool_call_approved else ''}{f' retry {ctx.retry}' if ctx.retry else ''}"
+    after = f"{' approved' if ctx.tool_call_approved else ''}{f' retry {ctx.retry}' if ctx.retry else ''}"
+    return _key_part(ctx.tool_call_id) + after
+
+
+def _key_part(call_id: str) -> str:
+    key = _NOT_IN_A_KEY.sub("-", call_id)
+    if len(key) > _KEY_LIMIT or key != call_id:
+        key = f"{key[: _KEY_LIMIT - 9]}-{_short_digest(call_id)}"
+    return key
 
 
 def _short_digest(text: str) -> str:
@@ -113,10 +119,17 @@ def _discovery(what: str, toolset_id: str | None, ctx: RunContext[Any], options:
 
 
 def _event_step(event: AgentStreamEvent, options: StepOptions) -> Step:
+    """Parallel tools end in any order, so an event is told by the call that it is about, else by its content; never by its place."""
     kind = getattr(event, "event_kind", type(event).__name__)
     about = getattr(event, "part", None) or getattr(event, "result", None)
     found = {"tool_call_id": getattr(about, "tool_call_id", None), "tool": getattr(about, "tool_name", None)}
-    return Step(f"event:{name_part(kind)}", {k: v for k, v in found.items() if v}, kind="delivery", options=options)
+    inputs = {name: value for name, value in found.items() if value}
+    key = _key_part(inputs["tool_call_id"]) if "tool_call_id" in inputs else _short_digest(_timeless(event))
+    return Step(f"event:{name_part(kind)}", inputs, key, kind="delivery", options=options)
+
+
+def _timeless(event: AgentStreamEvent) -> str:
+    return re.sub(r'"(timestamp|run_id)":"[^"]*"', "", to_json(event, fallback=repr).decode())
 
 
 def _plain_inputs(about: tuple[object, ...]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pydantic_ai.output import NativeOutput, PromptedOutput, TextOutput
 from pydantic_ai.toolsets import AbstractToolset, FunctionToolset, ToolsetTool
 from pydantic_ai.usage import UsageLimits
 
+from kitaru_zenml.adapters import current_step
 from kitaru_zenml.checkpoints import checkpoint
 from kitaru_zenml.errors import NotInRun
 from kitaru_zenml_pydantic_ai import Durability
@@ -675,6 +676,53 @@ def test_an_mcp_server_over_stdio(tmp_path: Path) -> None:
     assert "support#0/tools:shop#0" in displays(found) and "support#0/tool:price[1]" in displays(found)
 
 
+# --- events ---------------------------------------------------------------------------------------------------------------
+
+
+def test_events_of_parallel_tools_that_end_in_any_order_are_heard_once() -> None:
+    heard: list[Any] = []
+
+    async def hear(ctx: RunContext[Any], events: Any) -> None:
+        async for event in events:
+            if event.event_kind.startswith("function_tool"):
+                heard.append(current_step().path)
+
+    agent = agent_of([("look", str(i), {"x": i}) for i in range(4)], returned, durability=Durability(event_stream_handler=hear))
+
+    @agent.tool_plain
+    async def look(x: int) -> int:
+        mark()
+        await asyncio.sleep(random.random() * 0.01)
+        return x
+
+    agent.model = _streaming(agent.model)
+    for seed in range(12):
+        objects: dict[str, bytes] = {}
+        heard.clear()
+        with contextlib.suppress(Crash):
+            run_leg(MemoryStore(objects, crash_after=seed, seed=seed), flow_of(agent))
+        stood, before = records(objects), list(heard)
+        heard.clear()
+        ended, _ = run_leg(MemoryStore(objects), flow_of(agent))
+        assert ended.error is None, ended.error
+        assert not set(heard) & set(stood) and len(set(before) | set(heard)) == 8
+
+
+def _streaming(model: Any) -> Any:
+    """The same script, streamed."""
+    from pydantic_ai.models.function import DeltaToolCall, FunctionModel
+
+    async def stream(messages: Any, info: Any) -> Any:
+        for part in model.function(messages, info).parts:
+            if isinstance(part, ToolCallPart):
+                call = DeltaToolCall(part.tool_name, part.args_as_json_str(), tool_call_id=part.tool_call_id)
+                yield {int(part.tool_call_id): call}
+            else:
+                yield part.content
+
+    return FunctionModel(stream_function=stream)
+
+
 # --- limits and options --------------------------------------------------------------------------------------------------
 
 
@@ -757,8 +805,6 @@ def test_a_wrong_option_is_said_at_once() -> None:
 
 
 def test_a_tool_may_be_at_most_once_and_gets_an_idempotency_key() -> None:
-    from kitaru_zenml.adapters import current_step
-
     agent = agent_of([("pay", "1", {})], returned)
     keys: list[str] = []
 
