@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from kitaru_zenml.journal.journal import Snapshot
 from kitaru_zenml.journal.records import StepRecord
+from kitaru_zenml.lineage.html import spoken
 
 Change = Literal["reused", "same", "overridden", "changed", "new", "gone"]
 LONGEST = 400  # lines of an output that are compared
@@ -153,11 +154,10 @@ def _hash(snapshot: Snapshot, record: StepRecord) -> str:
 
 
 def _lines(record: StepRecord, tree_of: Callable[[StepRecord], Any]) -> list[str]:
-    """An outcome as text to be compared: text as it is, all else as JSON with sorted keys."""
+    """An outcome as text to be compared: what a model said, text as it is, all else as JSON with sorted keys."""
     if record.failure is not None:
         return [f"{record.failure.type.rpartition(':')[2]}: {line}" for line in record.failure.message.splitlines() or [""]]
-    tree = tree_of(record)
-    text = tree if isinstance(tree, str) else json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    text = _as_text(record, tree_of(record))
     lines = text.splitlines() or [""]
     return (
         lines
@@ -167,6 +167,12 @@ def _lines(record: StepRecord, tree_of: Callable[[StepRecord], Any]) -> list[str
             f"... {len(lines) - LONGEST} lines more, {hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:10]}",
         ]
     )
+
+
+def _as_text(record: StepRecord, tree: Any) -> str:
+    if record.kind == "model":
+        return spoken(tree)
+    return tree if isinstance(tree, str) else json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _totals(snapshot: Snapshot, records: list[StepRecord]) -> Totals:

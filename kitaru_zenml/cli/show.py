@@ -284,9 +284,14 @@ class _Growing:
             self._below(min(self._children, key=len))
 
     def _node(self, path: str) -> Tree:
-        if path not in self._nodes:  # a scope that was begun and not finished
+        if path not in self._nodes:  # a step that was begun and not finished, or a scope, which has no outcome of its own
             names = self._view["open"].get(path) or [path.rpartition("/")[2]]
-            line = Text.assemble(("○ ", "yellow"), names[-1], ("  begun", "dim"))
+            is_over = self._view["status"] == "completed"
+            line = (
+                Text.assemble(("▸ ", "dim"), names[-1])
+                if is_over
+                else Text.assemble(("○ ", "yellow"), names[-1], ("  begun", "dim"))
+            )
             self._nodes[path] = self._node(_parent(path)).add(line)
         return self._nodes[path]
 

@@ -212,6 +212,11 @@ def chat_turns(record: StepRecord, output: Any, name_of: NameOf) -> list[Turn]:
     return turns + answer
 
 
+def spoken(tree: Any) -> str:
+    """What a model said, as text: its words, and its tool calls as `→ tool(arguments)`."""
+    return _text(tree)
+
+
 def _turns(tree: Any) -> list[Turn]:
     tree = plain(tree)
     if isinstance(tree, Mapping):

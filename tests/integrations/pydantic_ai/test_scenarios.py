@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -659,7 +663,7 @@ def price(item: str) -> str:
         file.write(item + "\\n")
     return f"{item} costs 3"
 
-mcp.run()
+mcp.run(**({"transport": "streamable-http", "port": int(os.environ["PORT"])} if "PORT" in os.environ else {}))
 '''
 
 
@@ -674,6 +678,38 @@ def test_an_mcp_server_over_stdio(tmp_path: Path) -> None:
     value, found = survives(flow_of(agent), at=[0, 1, 2, 3])
     assert "tea costs 3" in value["output"]
     assert "support#0/tools:shop#0" in displays(found) and "support#0/tool:price[1]" in displays(found)
+
+
+def test_an_mcp_server_over_http(tmp_path: Path) -> None:
+    from pydantic_ai.mcp import MCPToolset
+
+    script, calls = tmp_path / "server.py", tmp_path / "calls"
+    script.write_text(SERVER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "CALLS": str(calls), "PORT": str(port)})
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+
+        async def flow() -> Any:  # a session belongs to its loop, so each leg makes its own
+            toolset: MCPToolset[Any] = MCPToolset(f"http://127.0.0.1:{port}/mcp", id="shop")
+            return story(await agent_of([("price", "1", {"item": "tea"})], returned, toolsets=[toolset]).run("go"))
+
+        value, found, _ = whole(flow)
+        assert "tea costs 3" in value["output"] and len(calls.read_text().splitlines()) == 1
+        tool = max(r.number for r in found.values() if r.kind == "tool")
+        objects: dict[str, bytes] = {}
+        with contextlib.suppress(Crash):
+            run_leg(MemoryStore(objects, crash_after=tool + 1), flow)
+        ended, _ = run_leg(MemoryStore(objects), flow)
+        assert ended.value == value and len(calls.read_text().splitlines()) == 2, "a finished call was made again"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from zenml.client import Client
 
+from kitaru_zenml.difference import difference
 from kitaru_zenml.runs import find_run, open_journal
 from tests.openai_server import OpenAIServer
 
@@ -87,3 +88,11 @@ def test_a_run_is_replayed_with_another_model_from_a_step(flows: Any, server: Op
     fork = flows.asking.replay(origin.id, from_="model#1", inputs={"model": "other"})
     assert fork.result() == origin.result()
     assert [r["model"] for r in server.requests[before:]] == ["other"], "what was answered before the step is kept"
+
+
+def test_two_runs_are_compared_as_conversations(flows: Any, origin: str) -> None:
+    fork = flows.clerk_flow.replay(origin, overrides={"model#0": {"tool_name": "book", "args": {"amount": 9}}})
+    snapshots = [open_journal(find_run(run)).load() for run in (origin, fork.id)]
+    found = difference(*snapshots, lambda record: record.outcome.data if record.outcome else None)
+    [asked] = [step for step in found.steps if step.step == "clerk#0/model#0"]
+    assert asked.change == "overridden" and list(asked.diff[3:]) == ['-→ book({"amount": 5})', '+→ book({"amount": 9})']
