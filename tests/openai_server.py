@@ -114,6 +114,7 @@ def _stream(handler: BaseHTTPRequestHandler, request: dict[str, Any], answer: An
     handler.send_response(200)
     handler.send_header("Content-Type", "text/event-stream")
     handler.send_header("Transfer-Encoding", "chunked")  # so that a broken stream shows
+    handler.send_header("Connection", "close")
     handler.end_headers()
     handler.close_connection = True
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
@@ -146,7 +147,9 @@ def _chunk(handler: BaseHTTPRequestHandler, data: bytes) -> None:
 
 def _send(handler: BaseHTTPRequestHandler, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
     handler.send_response(status)
-    for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+    # A kept connection belongs to the event loop that made it; tests use a client in one loop after another.
+    handler.close_connection = True
+    for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **headers}.items():
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(body)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from email.message import Message
 from importlib.metadata import distribution
+from typing import cast
 
 from examples.compliance_agent.records import PackageText
 
@@ -17,7 +19,7 @@ def read(name: str) -> PackageText:
         PackageNotFoundError: If it is not installed.
     """
     found = distribution(name)
-    about = found.metadata
+    about = cast(Message, found.metadata)
     classifiers = [c.rpartition("::")[2].strip() for c in about.get_all("Classifier") or [] if c.startswith("License")]
     licence = about.get("License-Expression") or ", ".join(classifiers) or (about.get("License") or "").splitlines()[:1]
     urls = " ".join(about.get_all("Project-URL") or []) + str(about.get("Home-page") or "")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from pydantic_ai.agent import Agent, EventStreamHandler
 from pydantic_ai.agent.abstract import AbstractAgent
@@ -42,7 +44,7 @@ from kitaru_zenml_pydantic_ai.options import METADATA_KEY, Redact, StepConfig, S
 from kitaru_zenml_pydantic_ai.outcomes import Outcome
 from kitaru_zenml_pydantic_ai.outputs import output_step
 from kitaru_zenml_pydantic_ai.steps import name_part
-from kitaru_zenml_pydantic_ai.toolsets import DurableLeaves
+from kitaru_zenml_pydantic_ai.toolsets import durable_leaf
 
 register_model_errors()
 
@@ -91,8 +93,7 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
         step_options(tool_steps, "`tool_steps`")  # say now what is wrong
         self._settings = StepSettings(step_options(model_steps, "`model_steps`"), dict(tool_steps or {}), tools)
         self._redact = redact
-        self._leaves = DurableLeaves(self)
-        self._live_models: dict[str, Model] = {}
+        self._live_models: WeakValueDictionary[str, Model] = WeakValueDictionary()  # given to runs, by an id of their own
 
     # --- what the base asks of an engine ---
 
@@ -110,8 +111,7 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
         return CapabilityOrdering(position="innermost", wrapped_by=(ModelFallback,), wraps=(RequestInput,))
 
     def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
-        self._live_models = {}
-        self._leaves = DurableLeaves(self)
+        self._live_models = WeakValueDictionary()
 
     def _bind_models(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
         try:
@@ -130,8 +130,9 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
             return model_id
 
     async def _resolve_model_for_request(self, model_id: str | None, run_context: RunContext[AgentDepsT]) -> Model:
-        if model_id is not None and model_id in self._live_models:
-            return with_attempts(self._live_models[model_id])
+        live = self._live_models.get(model_id) if model_id is not None else None
+        if live is not None:
+            return with_attempts(live)
         return with_attempts(await super()._resolve_model_for_request(model_id, run_context))
 
     def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
@@ -184,7 +185,7 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
         """Put durable leaves in the place of those that run something."""
         if not self.in_durable_context:
             return None
-        return toolset.visit_and_replace(self._leaves.durable)
+        return toolset.visit_and_replace(partial(durable_leaf, self))
 
     def _typed_result_codec(self, result_type: object) -> _TypedResultCodec[Any]:
         if result_type is CallToolResult:  # the runtime's own codec keeps what a tool returned as the object that it was

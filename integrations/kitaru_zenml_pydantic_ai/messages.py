@@ -23,18 +23,21 @@ _NEVER = {"timestamp", "run_id", "conversation_id"}
 
 def message_trees(messages: Sequence[ModelMessage]) -> list[dict[str, Any]]:
     """Messages as they identify a request."""
-    return [_message_tree(message) for message in messages]
-
-
-def _message_tree(message: ModelMessage) -> dict[str, Any]:
     try:
-        (dumped,) = ModelMessagesTypeAdapter.dump_python([message], mode="json")
+        dumped = ModelMessagesTypeAdapter.dump_python(list(messages), mode="json")
     except PydanticSerializationError:  # a tool returned what has no JSON form; the runtime names it by its type
-        dumped = {f.name: getattr(message, f.name) for f in fields(message)}
-        dumped["parts"] = [{f.name: getattr(part, f.name) for f in fields(part)} for part in message.parts]
+        dumped = [_fields_of(message) for message in messages]
+    return [_message_tree(message) for message in dumped]
+
+
+def _fields_of(message: ModelMessage) -> dict[str, Any]:
+    found = {f.name: getattr(message, f.name) for f in fields(message)}
+    return {**found, "parts": [{f.name: getattr(part, f.name) for f in fields(part)} for part in message.parts]}
+
+
+def _message_tree(dumped: Mapping[str, Any]) -> dict[str, Any]:
     tree = {name: value for name, value in dumped.items() if name in _OF_A_MESSAGE and value is not None}
-    tree["parts"] = [_without_empty(part) for part in tree["parts"]]
-    return tree
+    return {**tree, "parts": [_without_empty(part) for part in dumped["parts"]]}
 
 
 def _without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:

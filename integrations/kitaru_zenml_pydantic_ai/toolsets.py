@@ -13,63 +13,51 @@ if TYPE_CHECKING:
     from kitaru_zenml_pydantic_ai.capability import Durability
 
 
-class DurableLeaves:
-    """The durable stand-ins of an agent's leaf toolsets."""
+def durable_leaf(durability: Durability[Any], leaf: AbstractToolset[Any]) -> AbstractToolset[Any]:
+    """What to use in a run instead of a leaf: itself if it runs nothing, or is durable already."""
+    if isinstance(leaf, DurableToolsetBase):
+        return leaf
+    made = durability._wrap_leaf_toolset(leaf)
+    if made is None and _runs_code_of_users(leaf):
+        made = _of_other_class(durability, leaf)
+    return leaf if made is None else made
 
-    def __init__(self, durability: Durability[Any]) -> None:
-        self._durability = durability
-        self._known: dict[int, WrapperToolset[Any]] = {}  # by the identity of the leaf, which its stand-in keeps alive
 
-    def durable(self, leaf: AbstractToolset[Any]) -> AbstractToolset[Any]:
-        """What to use instead of a leaf: itself if it runs nothing, or is a stand-in already."""
-        if isinstance(leaf, DurableToolsetBase):
-            return leaf
-        known = self._known.get(id(leaf))
-        if known is None:
-            made = self._durability._wrap_leaf_toolset(leaf)
-            if made is None and _runs_code_of_users(leaf):
-                made = self._of_other_class(leaf)
-            if made is None:
-                return leaf
-            known = self._known[id(leaf)] = made
-        return known
+def _of_other_class(durability: Durability[Any], leaf: AbstractToolset[Any]) -> WrapperToolset[Any]:
+    """A leaf of a class that Pydantic AI does not know: its listing runs in the flow, each of its calls is a step."""
+    backend = durability.get_durable_operation_backend()
 
-    def _of_other_class(self, leaf: AbstractToolset[Any]) -> WrapperToolset[Any]:
-        """A leaf of a class that Pydantic AI does not know: its listing runs in the flow, each of its calls is a step."""
-        durability = self._durability
-        backend = durability.get_durable_operation_backend()
+    async def handler(params: ToolsetCallToolParams) -> CallToolResult:
+        assert params.tool is not None
+        with durability._tool_run_context_scope(params.ctx) as ctx:
+            return await wrap_tool_call_result(leaf.call_tool(params.name, params.tool_args, ctx, params.tool))
 
-        async def handler(params: ToolsetCallToolParams) -> CallToolResult:
-            assert params.tool is not None
-            with durability._tool_run_context_scope(params.ctx) as ctx:
-                return await wrap_tool_call_result(leaf.call_tool(params.name, params.tool_args, ctx, params.tool))
-
-        call = backend.bind(
-            DurableOperation(
-                operation_id=ToolsetCallToolId("function", toolset_id=leaf.id or type(leaf).__name__),
-                handler=handler,
-                parameter_transport=backend.parameter_transports.mcp_call(leaf),
-                cache_identity=_FunctionCallToolCacheIdentity(),
-                result_codec=durability._typed_result_codec(CallToolResult),
-                config_role="tool",
-                invocation_label=lambda params: params.name,
-            )
+    call = backend.bind(
+        DurableOperation(
+            operation_id=ToolsetCallToolId("function", toolset_id=leaf.id or type(leaf).__name__),
+            handler=handler,
+            parameter_transport=backend.parameter_transports.mcp_call(leaf),
+            cache_identity=_FunctionCallToolCacheIdentity(),
+            result_codec=durability._typed_result_codec(CallToolResult),
+            config_role="tool",
+            invocation_label=lambda params: params.name,
         )
+    )
 
-        def config_of(tool: ToolsetTool[Any] | None, name: str) -> Any:
-            return backend.config_for_tool(call.operation, tool=tool, tool_name=name)
+    def config_of(tool: ToolsetTool[Any] | None, name: str) -> Any:
+        return backend.config_for_tool(call.operation, tool=tool, tool_name=name)
 
-        async def call_tool(name: str, tool_args: dict[str, Any], *, ctx: Any, tool: ToolsetTool[Any], config: Any) -> Any:
-            payload = await call(ToolsetCallToolParams(name, tool_args=tool_args, ctx=ctx, tool=tool), config=config)
-            return durability._unwrap_tool_result(payload)
+    async def call_tool(name: str, tool_args: dict[str, Any], *, ctx: Any, tool: ToolsetTool[Any], config: Any) -> Any:
+        payload = await call(ToolsetCallToolParams(name, tool_args=tool_args, ctx=ctx, tool=tool), config=config)
+        return durability._unwrap_tool_result(payload)
 
-        return DurableFunctionToolset(
-            cast(Any, leaf),
-            in_durable_context=lambda: durability.in_durable_context,
-            call_tool_operation=call_tool,
-            resolve_tool_config=config_of,
-            lifecycle="enter-always",
-        )
+    return DurableFunctionToolset(
+        cast(Any, leaf),
+        in_durable_context=lambda: durability.in_durable_context,
+        call_tool_operation=call_tool,
+        resolve_tool_config=config_of,
+        lifecycle="enter-always",
+    )
 
 
 def _runs_code_of_users(leaf: AbstractToolset[Any]) -> bool:

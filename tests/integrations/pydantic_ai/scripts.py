@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from tests.openai_server import Answer, texts
@@ -9,6 +11,8 @@ from tests.openai_server import Answer, texts
 
 def script(request: dict[str, Any]) -> Answer:
     """What the model says, told by the conversation alone."""
+    if request["model"] == "down" and Path(os.environ["SERVER_DOWN"]).exists():
+        return Answer(status=503)
     system, turn = "".join(texts(request, "system")), len(texts(request, "assistant"))
     if "reviewer" in system:
         if turn == 0:

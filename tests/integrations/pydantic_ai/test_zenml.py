@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic_ai.exceptions import ModelHTTPError
 from zenml.client import Client
 
+from kitaru_zenml import resume
 from kitaru_zenml.difference import difference
 from kitaru_zenml.runs import find_run, open_journal
 from tests.openai_server import OpenAIServer
@@ -96,3 +99,20 @@ def test_two_runs_are_compared_as_conversations(flows: Any, origin: str) -> None
     found = difference(*snapshots, lambda record: record.outcome.data if record.outcome else None)
     [asked] = [step for step in found.steps if step.step == "clerk#0/model#0"]
     assert asked.change == "overridden" and list(asked.diff[3:]) == ['-→ book({"amount": 5})', '+→ book({"amount": 9})']
+
+
+def test_a_run_that_ended_by_a_failed_request_is_resumed_and_asks_only_that_again(
+    flows: Any, server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = tmp_path / "down"
+    monkeypatch.setenv("SERVER_DOWN", str(down))
+    down.touch()
+    before = len(server.requests)
+    with pytest.raises(ModelHTTPError) as failed:
+        flows.asking.run("down")
+    assert failed.value.status_code == 503
+    down.unlink()
+    run = resume(Client().list_pipeline_runs(pipeline="asking", sort_by="desc:created", size=1).items[0].id)
+    assert run.result() == "booked: " and len(server.requests) - before == 3
+    [first] = [s for s in steps_of(run.id).values() if s.name == "clerk#0/model#0" and s.status.value == "completed"]
+    assert first.version == 2 or first.run_metadata["kitaru"]
