@@ -17,6 +17,7 @@ from pydantic_ai.durable_exec import (
     ModelRequestId,
     ToolsetCallToolId,
     ToolsetValidateToolArgumentsId,
+    record_durable_unit,
 )
 from pydantic_ai.messages import ModelResponse
 from pydantic_ai.tools import RunContext
@@ -62,15 +63,25 @@ class StepBackend(JournalCallableOperationBackend[StepOptions]):
     ) -> object:
         """Replay or run an operation; see the base."""
         step = self._redacted(step_of(operation_id, cache_key, name, config))
-        match operation_id:
-            case ModelRequestId() | ModelCompactMessagesId():
-                return await _model_step(step, body)
-            case ToolsetCallToolId():
-                return await _tool_step(step, _context(cache_key), body)
-            case ToolsetValidateToolArgumentsId():
-                return await _validation_step(step, body)
-            case _:
-                return await run_step(step, body)
+        ran = False
+
+        async def noticed() -> Any:
+            nonlocal ran
+            ran = True
+            return await body()
+
+        try:
+            match operation_id:
+                case ModelRequestId() | ModelCompactMessagesId():
+                    return await _model_step(step, noticed)
+                case ToolsetCallToolId():
+                    return await _tool_step(step, _context(cache_key), noticed)
+                case ToolsetValidateToolArgumentsId():
+                    return await _validation_step(step, noticed)
+                case _:
+                    return await run_step(step, noticed)
+        finally:
+            record_durable_unit(executed=ran)  # spans and metrics of what was only replayed are not sent again
 
     def _redacted(self, step: Step) -> Step:
         if self._redact is None:

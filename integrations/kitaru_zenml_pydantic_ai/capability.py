@@ -24,6 +24,7 @@ from pydantic_ai.durable_exec import (
     DurabilityEngineSpec,
     conversation_id_from_run_id,
     external_event_scope,
+    replay_scope,
 )
 from pydantic_ai.durable_exec._base import _TypedResultCodec
 from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
@@ -169,7 +170,8 @@ class Durability(BaseDurabilityCapability[AgentDepsT]):
         about: dict[str, Any] = {"prompt": ctx.prompt, "history": message_trees(ctx.messages)}
         async with adapters.scope(self._scope_name, about, kind="agent"):
             turn.set(Turn())
-            with _outside_a_unit(), Agent.using_sleep(_durable_sleep), external_event_scope(RuntimeWaiter(self._scope_name)):
+            waiter = RuntimeWaiter(self._scope_name)
+            with _outside_a_unit(), replay_scope(), Agent.using_sleep(_durable_sleep), external_event_scope(waiter):
                 return await super().wrap_run(ctx, handler=handler)
 
     @property

@@ -897,6 +897,33 @@ def test_a_timeout_of_the_run_counts_from_its_recorded_start() -> None:
     assert "support.start#0" in displays(found)
 
 
+def test_spans_of_what_was_replayed_are_not_sent_again() -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from pydantic_ai.capabilities import Instrumentation
+    from pydantic_ai.models.instrumented import InstrumentationSettings
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    settings = InstrumentationSettings(tracer_provider=provider)
+    agent = agent_of([("look", "1", {})], [("look", "2", {})], returned, capabilities=[Instrumentation(settings)])
+
+    @agent.tool_plain
+    def look() -> str:
+        mark()
+        return "seen"
+
+    objects: dict[str, bytes] = {}
+    with contextlib.suppress(Crash):
+        run_leg(MemoryStore(objects, crash_after=3), flow_of(agent))
+    exporter.clear()
+    ended, _ = run_leg(MemoryStore(objects), flow_of(agent))
+    assert ended.error is None
+    names = [span.name.split(" ")[0] for span in exporter.get_finished_spans()]
+    assert names.count("chat") == 1 and names.count("execute_tool") == 1, names
+
+
 # --- around --------------------------------------------------------------------------------------------------------------
 
 
