@@ -56,11 +56,15 @@ def agent_with(*capabilities: Any) -> Any:
 
     @agent.tool_plain
     async def note(n: int) -> str:
-        with open(os.environ["CALLS"], "a") as file:
-            file.write(f"{n} {time.time()}\n")
+        _note_call(n)
         return f"noted {n}: " + "x" * 200
 
     return agent
+
+
+def _note_call(n: int) -> None:
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(f"{n} {time.time()}\n")
 
 
 async def talk(agent: Any) -> float:

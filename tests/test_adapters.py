@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from kitaru_zenml.adapters import Step, in_run, run_step, run_step_sync, scope, scope_sync
+from kitaru_zenml.adapters import Step, derived_id, in_run, last_record, run_step, run_step_sync, scope, scope_sync
 from kitaru_zenml.errors import InputsDrifted, NotInRun
+from kitaru_zenml.journal.records import StepRecord, unseal
 from tests.simulation import Crash, MemoryStore, run_leg
 
 ran: Counter[str] = Counter()
@@ -93,3 +94,36 @@ def test_outside_a_run_an_adapter_is_told_so() -> None:
     assert not in_run()
     with pytest.raises(NotInRun):
         run_step_sync(Step("tool"), lambda: 1)
+
+
+def test_derived_ids_are_the_same_on_a_replay_and_differ_from_each_other() -> None:
+    objects: dict[str, bytes] = {}
+
+    async def flow() -> list[str]:
+        found = [derived_id("agent"), derived_id("agent")]
+        async with scope("outer", {}, kind="agent"):
+            found.append(derived_id("agent"))
+        return found
+
+    first = run_leg(MemoryStore(objects), flow)[0].value
+    objects = {name: data for name, data in objects.items() if "simulated" not in name}
+    assert run_leg(MemoryStore(objects), flow)[0].value == first and len(set(first)) == 3
+
+
+def test_a_step_follows_the_records_that_it_names() -> None:
+    async def flow() -> None:
+        async with scope("agent", {}, kind="agent"):
+            keys = []
+
+            async def model() -> None:
+                await run_step(Step("model"), lambda: call("m", random.Random(0)))
+                keys.append(last_record())
+
+            await asyncio.create_task(model())  # whose own branch alone knows what it got
+            await run_step(Step("tool", key="t", after=tuple(k for k in keys if k)), lambda: call("t", random.Random(0)))
+
+    objects: dict[str, bytes] = {}
+    run_leg(MemoryStore(objects), flow)
+    found = [unseal(StepRecord, data, name) for name, data in objects.items() if "/steps/" in name]
+    [model_record], [tool_record] = ([r for r in found if r.name == name] for name in ("model", "tool"))
+    assert tool_record.after == (model_record.object_key,)

@@ -21,7 +21,9 @@ def test_the_texts_of_an_installed_package_are_read() -> None:
 
 
 def test_what_the_policy_does_not_like_is_found() -> None:
-    text = PackageText(name="x", version="1", licence="", licence_files=[], has_contact=False, telemetry=["It sends telemetry."])
+    text = PackageText(
+        name="x", version="1", licence="", licence_files=[], has_contact=False, telemetry=["It sends telemetry."]
+    )
     assert len(packages.findings(text)) == 4
 
 
@@ -37,7 +39,16 @@ def test_a_severe_finding_waits_for_a_person_and_a_denial_is_in_the_report() -> 
 
 
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "examples.compliance_agent.demo", "--folder", str(tmp_path / "demo"), "zenml", "click", "rich"]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.compliance_agent.demo",
+        "--folder",
+        str(tmp_path / "demo"),
+        "zenml",
+        "click",
+        "rich",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "finished and read again: 0" in done.stdout and "No model call and no tool call was made for it." in done.stdout
