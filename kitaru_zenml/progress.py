@@ -161,7 +161,7 @@ class RunProgress:
             state, step, usage, at = self._news.popleft()
             self._take(state, step.split("/"), usage, at)
             if state in _WORTH_SAYING:
-                worth_saying.append(f"{step} {_WORTH_SAYING[state]}")
+                worth_saying.append(f"step {step} {_WORTH_SAYING[state]}")
         return worth_saying
 
     def _take(self, state: State, path: list[str], usage: Usage | None, at: float) -> None:

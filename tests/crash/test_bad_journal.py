@@ -16,8 +16,12 @@ from tests.crash.harness import Case
 @pytest.fixture
 def killed(new_case: Callable[..., Case]) -> Case:
     """A run that was killed with some steps finished, on the local store."""
+    whole = new_case()
+    operations = whole.start("run", flow="catching", at=10**9, when="before")
+    operations.wait()
+    records = [at for at, operation in enumerate(operations.operations, 1) if "create" in operation and "/steps/" in operation]
     case = new_case()
-    case.start("run", flow="catching", at=9, when="after").wait()
+    case.start("run", flow="catching", at=records[1], when="after").wait()
     assert case.run is not None and len(case.recorded()) >= 1
     return case
 

@@ -86,7 +86,7 @@ def test_a_leg_in_a_long_step_is_let_go_in_time(tmp_path: Path, name: str) -> No
     pid = int(effect_lines(name)[-1][1])
     began = time.monotonic()
     assert worker.stop() == 0, worker.log
-    assert time.monotonic() - began < 6.5 and not alive(pid)
+    assert time.monotonic() - began < 7.9 and not alive(pid), "it waited for the step, which takes 8 s"
     assert status(run) == "running", "whoever continues it finds it as it was"
     store = journal(run).store
     assert [n for n in store.list(DUE_FOLDER) if n.endswith(run)]
@@ -105,7 +105,7 @@ def test_draining_lets_legs_end_and_takes_no_new_work(tmp_path: Path, name: str)
     client.answer(run)
     worker.until(lambda: effects(name))
     worker.process.terminate()
-    worker.until(lambda: worker.said("stopping: 1 run may go on"))
+    worker.until(lambda: worker.said("may go on for"))
     client.answer(other, "yes")
     assert worker.process.wait(30) == 0, worker.log
     assert status(run) == "completed" and status(other) == "paused"
