@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 1800.0  # seconds in which what is left after the killing must end
 
 
 class Workers:
@@ -180,7 +181,7 @@ def soak(runs: dict[str, tuple[str, int]], workers: Workers, choose: random.Rand
     from zenml.utils.pagination_utils import depaginate
 
     began, left, told = time.monotonic(), set(runs), 0.0
-    while left and time.monotonic() - began < seconds + 600:
+    while left and time.monotonic() - began < seconds + PATIENCE:
         time.sleep(every * (0.5 + choose.random()))
         if time.monotonic() - began < seconds:
             workers.kill_one(choose)
