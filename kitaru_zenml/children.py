@@ -30,7 +30,7 @@ from kitaru_zenml.identity import HERE, Here
 from kitaru_zenml.inputs import digest_inputs
 from kitaru_zenml.journal.records import CancelRequest, OpenWait, StepRecord, WaitKind
 from kitaru_zenml.options import StepOptions
-from kitaru_zenml.runs import RunHandle, find_run, open_journal, result_of, successor_of
+from kitaru_zenml.runs import PARENT, RunHandle, find_run, open_journal, result_of, successor_of
 from kitaru_zenml.suspension import Arrival, await_in_run, grace_passed
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Children:
             return not self._here.isdisjoint(run_ids)
 
     def release(self) -> None:
-        """The leg ends. What executes goes on, in a process that stays for it; what is still queued is left to whoever goes on."""
+        """The leg ends. What executes or is queued here goes on, in a process that stays for it."""
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
@@ -120,11 +120,13 @@ def _child_of(record: StepRecord) -> str | None:
 
 
 def cancel_children(run_ids: Sequence[str], request: CancelRequest) -> None:
-    """Let the children of a cancelled run stop too, and wait until they have."""
+    """Let the children of a cancelled run stop too, and wait until they have. A fork leaves those of its origin alone."""
     from kitaru_zenml.client import cancel
 
     def stop(run_id: str) -> None:
         try:
+            if find_run(run_id).config.extra.get(PARENT) != request.run_id:
+                return
             cancel(run_id, f"its parent was cancelled{f': {request.reason}' if request.reason else ''}")
         except RunFinished:
             pass
@@ -209,6 +211,9 @@ class Join:
         if failed is not None and not self.return_exceptions:
             return Arrival(error=_failed(failed))
         return Arrival(entries)
+
+    def give_back(self, arrival: Arrival, execution: Execution) -> None:
+        """See `suspension.Waiting`: it is there for the next look all the same."""
 
     def suspends(self, wait: OpenWait, waited: float, execution: Execution) -> bool:
         """See `suspension.Waiting`: as long as children execute here, their process is needed anyway."""

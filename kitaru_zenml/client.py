@@ -21,9 +21,11 @@ from zenml.enums import ExecutionStatus, RunWaitConditionStatus
 from zenml.models import PipelineRunResponse
 
 from kitaru_zenml import codec, conditions
+from kitaru_zenml.artifact_store import open_store
 from kitaru_zenml.errors import (
     AlreadyAnswered,
     InvalidAnswer,
+    NoJournal,
     NoSuchWait,
     NotDurableError,
     RunCancelled,
@@ -36,7 +38,7 @@ from kitaru_zenml.journal.inbox import Inbox, put_answer, put_cancel, put_event
 from kitaru_zenml.journal.journal import Journal, new_nonce
 from kitaru_zenml.journal.records import Answer, CancelRequest, OpenWait, SentEvent
 from kitaru_zenml.resumption import resume
-from kitaru_zenml.runs import find_run, open_journal
+from kitaru_zenml.runs import artifact_store_of, find_run, flow_options, open_journal
 from kitaru_zenml.waits import describe
 
 _READERS = 8  # runs that are read at once
@@ -328,11 +330,14 @@ def request_cancel(run: str | UUID, reason: str = "", *, keep_children: bool = F
     Raises:
         RunNotFound: If there is no such run.
         RunFinished: If it has ended.
+        NoJournal: If it is not a run of a kitaru flow.
     """
     found = find_run(run)
     if found.status.is_finished and found.status != ExecutionStatus.FAILED:
         raise RunFinished(str(found.id), found.status.value)
-    journal = open_journal(found)
+    journal = Journal(open_store(artifact_store_of(found)), str(found.id))  # a run that has not begun has none yet
+    if flow_options(found) is None:
+        raise NoJournal(journal.run_id, journal.store.uri)
     request = CancelRequest(
         nonce=new_nonce(), run_id=journal.run_id, reason=reason, keep_children=keep_children, by=_me(), at=datetime.now(UTC)
     )

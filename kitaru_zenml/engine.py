@@ -673,11 +673,15 @@ class Engine:
             wait, arrival = yield from self._wait_for(waiting, wait, caller)
         step = CurrentStep(scope.name, scope.path, "", 1, self.run_id, dict(arrival.metadata))
         outcome = _Outcome(wait.asked_at, step, arrival.value, error=arrival.error, began=began)
-        if arrival.error is not None:
-            outcome.failure = codec.encode_failure(arrival.error)
-        else:
-            outcome.encoded = yield from self._encode(call, arrival.value, wait.key)
-        return (yield from self._store(call, here, scope, generation, outcome, [], ""))
+        try:
+            if arrival.error is not None:
+                outcome.failure = codec.encode_failure(arrival.error)
+            else:
+                outcome.encoded = yield from self._encode(call, arrival.value, wait.key)
+            return (yield from self._store(call, here, scope, generation, outcome, [], ""))
+        except BaseException:
+            waiting.give_back(arrival, execution)
+            raise
 
     def _wait_for(self, waiting: Waiting, wait: OpenWait, caller: Caller) -> Steps:
         """Look until it has arrived. Returns the stored wait, which an earlier leg may have stored, and the arrival."""

@@ -88,6 +88,11 @@ class AwaitedEvent:
             return Arrival(sent.payload, metadata={TAKEN: item})
         return Arrival(error=EventTimedOut(self.name, wait.display)) if is_past(wait.deadline) else None
 
+    def give_back(self, arrival: Arrival, execution: Execution) -> None:
+        """See `suspension.Waiting`."""
+        if TAKEN in arrival.metadata:
+            execution.inbox.put_back(arrival.metadata[TAKEN])
+
     def suspends(self, wait: OpenWait, waited: float, execution: Execution) -> bool:
         """See `suspension.Waiting`."""
         return grace_passed(waited, self.own_grace, execution)

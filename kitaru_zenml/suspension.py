@@ -49,6 +49,9 @@ class Waiting(Protocol):
     def arrived(self, wait: OpenWait, execution: Execution) -> Arrival | None:
         """What has arrived, if it has. Called off the event loop if `every` is not 0."""
 
+    def give_back(self, arrival: Arrival, execution: Execution) -> None:
+        """What has arrived did not reach the journal (the call was cancelled): another call may get it."""
+
     def suspends(self, wait: OpenWait, waited: float, execution: Execution) -> bool:
         """Whether the run may suspend on this, after having waited for some seconds in this leg."""
 

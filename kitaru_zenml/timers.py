@@ -65,6 +65,9 @@ class Timer:
         """See `suspension.Waiting`."""
         return Arrival() if _left(wait) <= 0 else None
 
+    def give_back(self, arrival: Arrival, execution: Execution) -> None:
+        """See `suspension.Waiting`: it is there for the next look all the same."""
+
     def suspends(self, wait: OpenWait, waited: float, execution: Execution) -> bool:
         """See `suspension.Waiting`: a long sleep needs no grace, a short one waits here."""
         return grace_passed(_left(wait), None, execution)

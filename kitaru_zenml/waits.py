@@ -109,6 +109,9 @@ class HumanWait:
             return Arrival(error=WaitTimedOut(wait.display, f"{wait.deadline:%Y-%m-%d %H:%M:%S} UTC"))
         return None
 
+    def give_back(self, arrival: Arrival, execution: Execution) -> None:
+        """See `suspension.Waiting`: it is there for the next look all the same."""
+
     def suspends(self, wait: OpenWait, waited: float, execution: Execution) -> bool:
         """See `suspension.Waiting`."""
         return grace_passed(waited, self.own_grace, execution)

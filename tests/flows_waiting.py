@@ -191,3 +191,21 @@ def broken(error: str) -> str:
     if not os.path.exists(os.environ["EFFECTS"] + ".mended"):
         raise KeyboardInterrupt if error == "ctrl-c" else ValueError(error)
     return answer.result()
+
+
+@checkpoint
+def until_told(i: int) -> int:
+    effect(f"slow {i}")
+    while not os.path.exists(os.environ["EFFECTS"] + ".told"):
+        time.sleep(0.05)
+    return i
+
+
+@flow(grace=0)
+def slow_child(i: int) -> int:
+    return until_told(i) + child_work(i)
+
+
+@flow(grace=0, max_children=1)
+def queueing(n: int) -> int:
+    return int(sum(gather_runs(slow_child.submit(i) for i in range(n))))

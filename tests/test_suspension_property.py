@@ -146,3 +146,33 @@ def test_random_flows_that_wait_lose_and_repeat_nothing() -> None:
 def shape(result: Any) -> Any:
     """A result without the answers to equal questions, which may be given to either."""
     return [[text if not text.startswith("same ") else "same" for text in branch] for branch in result[0]], result[1]
+
+
+def test_an_event_whose_call_was_cancelled_before_it_was_stored_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = engine.Engine._encode
+
+    def cancelled_once(self: Any, call: Any, value: Any, key: str) -> Any:
+        if value == "tea" and not cancelled:
+            cancelled.append(value)
+            raise asyncio.CancelledError
+        return encode(self, call, value, key)
+
+    cancelled: list[Any] = []
+    monkeypatch.setattr(engine.Engine, "_encode", cancelled_once)
+
+    async def flow() -> Any:
+        orders = event("orders")
+        try:
+            await asyncio.ensure_future(orders.next())
+        except asyncio.CancelledError:
+            pass
+        return [await orders.next(), await orders.next()]
+
+    objects: dict[str, bytes] = {}
+    for number, payload in enumerate(("tea", "milk")):
+        put_event(
+            Journal(MemoryStore(objects), "run"),
+            SentEvent(nonce=new_nonce(), run_id="run", name="orders", idempotency_key=payload, payload=payload, sent_at=number),
+        )
+    ended, _ = run_leg(MemoryStore(objects), flow, options=FlowOptions(grace=0))
+    assert cancelled and ended.value == ["tea", "milk"], ended.error

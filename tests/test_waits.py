@@ -306,17 +306,49 @@ def test_cancelling_a_running_run_stops_it_at_its_next_boundary(effects: Path) -
 
 def test_cancelling_a_parent_stops_its_children_too() -> None:
     handle = flows.parent.run(2, ask=True)
-    children = open_journal(handle.run).load().records.values()
-    ids = [r.outcome.data["run"] for r in children if r.kind == "run"]  # type: ignore[union-attr]
+    ids = children_of(handle.id)
     assert client.cancel(handle.id) == "stopped"
     assert {RunHandle(id).status for id in ids} == {"stopped"}
 
 
+def test_cancelling_a_parent_stops_the_children_that_have_not_begun(effects: Path) -> None:
+    handle = flows.queueing.submit(3)
+    deadline = time.monotonic() + 60
+    while len(started := children_of(handle.id)) < 3 or not lines(effects):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    client.request_cancel(handle.id, "enough")
+    while sum(RunHandle(id).status == "stopped" for id in started) < 2:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.2)
+    Path(f"{effects}.told").touch()
+    while not handle.run.status.is_finished:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.2)
+    assert handle.status == "stopped" and {RunHandle(id).status for id in started} == {"stopped"}
+    assert lines(effects) == ["slow 0"], "a child that was queued began after all"
+
+
+def test_a_fork_that_is_cancelled_leaves_its_origins_children_alone() -> None:
+    origin = flows.parent.run(1, ask=True)
+    [child] = children_of(origin.id)
+    with pytest.raises(NoSuchWait):
+        client.answer(origin.id, 1)
+    fork = flows.parent.replay(origin.id, reuse="unchanged")
+    assert fork.status == "paused" and client.cancel(fork.id) == "stopped"
+    assert RunHandle(child).status == "paused"
+
+
+def children_of(run_id: str) -> list[str]:
+    records = open_journal(find_run(run_id)).load().records.values()
+    return [r.outcome.data["run"] for r in records if r.kind == "run"]  # type: ignore[union-attr]
+
+
 def test_children_can_be_kept() -> None:
     handle = flows.parent.run(1, ask=True)
-    [start] = [r for r in open_journal(handle.run).load().records.values() if r.kind == "run"]
+    [child] = children_of(handle.id)
     assert client.cancel(handle.id, keep_children=True) == "stopped"
-    assert RunHandle(start.outcome.data["run"]).status == "paused"  # type: ignore[union-attr]
+    assert RunHandle(child).status == "paused"
 
 
 @pytest.mark.parametrize(("how", "error"), [("ctrl-c", KeyboardInterrupt), ("a bug", ValueError)])

@@ -38,7 +38,7 @@ class Inbox:
         self._answers: dict[tuple[str, int], Answer] = {}
         self._refused: dict[tuple[str, int], RefusedAnswer] = {}
         self._events: dict[str, list[tuple[int, str, SentEvent]]] = {}
-        self._taken: set[str] = set()
+        self._taken: dict[str, SentEvent | None] = {}  # by object name; `None` if an earlier leg took it
 
     def refresh(self) -> bool:
         """Read what is new.
@@ -50,8 +50,7 @@ class Inbox:
             CorruptRecord: If an object does not fit its own hash or model.
         """
         folder = run_folder(self.journal.run_id) + "inbox/"
-        with self._lock:
-            new = [name for name in self.journal.store.list(folder) if name not in self._seen and name.endswith(".json")]
+        new = [name for name in self.journal.store.list(folder) if name not in self._seen and name.endswith(".json")]
         for name, data in zip(new, self.journal.store.get_many(new), strict=True):
             if data is None:
                 continue
@@ -102,11 +101,6 @@ class Inbox:
 
     # --- events ---
 
-    def has_event(self, name: str) -> bool:
-        """Whether an event of a name has come that no step has taken."""
-        with self._lock:
-            return bool(self._events.get(name))
-
     def take_event(self, name: str) -> tuple[str, SentEvent] | None:
         """Take the next event of a name, with its object name."""
         with self._lock:
@@ -114,19 +108,19 @@ class Inbox:
             if not waiting:
                 return None
             _, item, event = waiting.pop(0)
-            self._taken.add(item)
+            self._taken[item] = event
             return item, event
 
-    def put_back(self, item: str, event: SentEvent) -> None:
+    def put_back(self, item: str) -> None:
         """A taken event did not reach the journal: the next call gets it."""
         with self._lock:
-            self._taken.discard(item)
-            bisect.insort(self._events.setdefault(event.name, []), (event.sent_at, item, event), key=lambda e: e[:2])
+            if (event := self._taken.pop(item, None)) is not None:
+                bisect.insort(self._events.setdefault(event.name, []), (event.sent_at, item, event), key=lambda e: e[:2])
 
     def forget(self, items: Iterable[str]) -> None:
         """Some events were taken by steps of earlier legs."""
         with self._lock:
-            self._taken.update(items)
+            self._taken.update(dict.fromkeys(items))
             for name, waiting in self._events.items():
                 self._events[name] = [e for e in waiting if e[1] not in self._taken]
 
