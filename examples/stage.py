@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -153,3 +154,21 @@ def _found(command: tuple[str, ...]) -> list[str]:
 
 def _as_typed(command: tuple[str, ...]) -> str:
     return shlex.join(command)
+
+
+def command_line(demo: str, about: str | None, folder: str) -> argparse.ArgumentParser:
+    """The options of a demo: where it happens."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m examples.{demo}.demo", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / ".kitaru-demo" / folder, help="emptied first (%(default)s)")
+    return parser
+
+
+def perform(folder: Path, show: Callable[[Stage], None]) -> None:
+    """Show a demo in a folder; ends the process with a sentence if it does not show what it promises."""
+    try:
+        with Stage(folder) as stage:
+            show(stage)
+    except DemoFailed as failure:
+        sys.exit(f"\nThe demo failed: {failure}")

@@ -6,15 +6,13 @@ really make. The exit code is 1 if a finished call was made again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from examples.stage import ROOT, DemoFailed, Stage, newest_run, read_json, status_of, title
+from examples.stage import DemoFailed, Stage, command_line, newest_run, perform, read_json, status_of, title
 
 PACKAGES = ["zenml", "click", "rich", "pydantic", "openai", "numpy"]
 
@@ -92,19 +90,10 @@ def finished(run_id: str) -> list[str]:
 
 def main() -> None:
     """Parse the command line and show."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.compliance_agent.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, default=ROOT / ".kitaru-demo" / "compliance", help="emptied first (%(default)s)")
+    parser = command_line("compliance_agent", __doc__, "compliance")
     parser.add_argument("packages", nargs="*", default=PACKAGES, help="installed packages (%(default)s)")
     asked = parser.parse_args()
-    try:
-        with Stage(asked.folder) as stage:
-            show(stage, asked.packages)
-    except DemoFailed as failure:
-        sys.exit(f"\nThe demo failed: {failure}")
+    perform(asked.folder, lambda stage: show(stage, asked.packages))
 
 
 if __name__ == "__main__":

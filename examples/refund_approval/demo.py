@@ -6,16 +6,13 @@ the payment service's own ledger. The exit code is 1 if a refund was made twice,
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from examples.refund_approval import shop
-from examples.stage import ROOT, DemoFailed, Stage, newest_run, read_json, status_of, title
+from examples.stage import DemoFailed, Stage, command_line, newest_run, perform, read_json, status_of, title
 
 EXPECTED = {"10388": 249_00, "10402": 319_00, "10423": 189_00, "10431": 14_90}  # what customers are owed, in cents
 
@@ -90,17 +87,7 @@ def _requests(ledger: str) -> Counter[str]:
 
 def main() -> None:
     """Parse the command line and show."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.refund_approval.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, default=ROOT / ".kitaru-demo" / "refunds", help="emptied first (%(default)s)")
-    try:
-        with Stage(parser.parse_args().folder) as stage:
-            show(stage)
-    except DemoFailed as failure:
-        sys.exit(f"\nThe demo failed: {failure}")
+    perform(command_line("refund_approval", __doc__, "refunds").parse_args().folder, show)
 
 
 if __name__ == "__main__":

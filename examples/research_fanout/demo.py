@@ -5,15 +5,13 @@ Everything is written to `.kitaru-demo/research`. The exit code is 1 if a topic 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 from examples.research_fanout.library import read_module
 from examples.research_fanout.model import CHATTY
-from examples.stage import ROOT, DemoFailed, Stage, newest_run, read_json, status_of, title
+from examples.stage import DemoFailed, Stage, command_line, newest_run, perform, read_json, status_of, title
 
 TOPICS = 5
 
@@ -93,17 +91,7 @@ def prove(stage: Stage, parent: str, failed: str, report: Path) -> None:
 
 def main() -> None:
     """Parse the command line and show."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.research_fanout.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, default=ROOT / ".kitaru-demo" / "research", help="emptied first (%(default)s)")
-    try:
-        with Stage(parser.parse_args().folder) as stage:
-            show(stage)
-    except DemoFailed as failure:
-        sys.exit(f"\nThe demo failed: {failure}")
+    perform(command_line("research_fanout", __doc__, "research").parse_args().folder, show)
 
 
 if __name__ == "__main__":

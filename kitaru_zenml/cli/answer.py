@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from kitaru_zenml.cli.output import cli_command, command_to_type, console, styled
+from kitaru_zenml.cli.output import cli_command, command_to_type, console, given_value, styled, value_of_file
 from kitaru_zenml.cli.waits import shape
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def command(
         question = _the_question(run, name, questions)
         given = client.answer(question.run_id, _ask(question), wait=question.wait, by=by, via="cli")
     elif file is not None:
-        given = client.answer(run, json.loads(file.read_text()), wait=name, by=by, via="cli")
+        given = client.answer(run, value_of_file(file), wait=name, by=by, via="cli")
     else:
         given = _answer_with(run, name, text, by)
     status = "" if no_resume else client.go_on(given)
@@ -106,13 +105,12 @@ def _answer_with(run: str, name: str | None, text: str | None, by: str | None) -
 
     if text is None:
         return client.answer(run, None, wait=name, by=by, via="cli")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return client.answer(run, text, wait=name, by=by, via="cli")
+    value = given_value(text)
     try:
         return client.answer(run, value, wait=name, by=by, via="cli")
     except InvalidAnswer as refused:
+        if value == text:
+            raise
         try:
             return client.answer(run, text, wait=name, by=by, via="cli")  # a text such as `123`
         except InvalidAnswer:
@@ -148,12 +146,7 @@ def _field(name: str, schema: dict[str, Any], *, required: bool) -> Any:
     given = click.prompt(f"{label} ({shape(schema)})", type=choice, default=default)
     if given == "" and not required:
         return _LEFT_OUT
-    if kind == "string" or not isinstance(given, str):
-        return given
-    try:
-        return json.loads(given)
-    except ValueError:
-        return given
+    return given if kind == "string" or not isinstance(given, str) else given_value(given)
 
 
 def _print(view: dict[str, Any], given: Answer) -> None:

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -129,6 +130,29 @@ class _Aside(io.TextIOBase):
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+# --- what a person gives ---------------------------------------------------------------------------------------------------
+
+
+def given_value(text: str) -> Any:
+    """A value as typed: JSON if it is JSON, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def value_of_file(path: Path) -> Any:
+    """The JSON of a file.
+
+    Raises:
+        click.BadParameter: If it holds none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise click.BadParameter(f"`{path}` cannot be read as JSON: {error}") from None
 
 
 # --- how things look -----------------------------------------------------------------------------------------------------

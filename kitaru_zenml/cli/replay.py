@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import click
 from rich.text import Text
 
-from kitaru_zenml.cli.output import Exit, cli_command, command_to_type, console, styled
+from kitaru_zenml.cli.output import Exit, cli_command, command_to_type, console, given_value, styled, value_of_file
 from kitaru_zenml.cli.resume import lines_of_the_run
 
 _STEP = re.compile(r"((?:[^=\[]|\[[^\]]*\])+)=(.*)", re.S)  # a key may hold an equals sign: refund[a=b]
@@ -70,18 +69,14 @@ def _split(item: str, option: str, pattern: re.Pattern[str]) -> tuple[str, Any]:
         raise click.BadParameter(f"`{item}` has no `=`. Say NAME=VALUE.", param_hint=option)
     name, text = found.groups()
     if not text.startswith("@"):
-        return name.strip(), _parsed(text)
+        return name.strip(), given_value(text)
+    path = Path(text[1:])
+    if path.suffix == ".json":
+        return name.strip(), value_of_file(path)
     try:
-        return name.strip(), _parsed(Path(text[1:]).read_text())
-    except OSError as error:
-        raise click.BadParameter(f"{text[1:]}: {error.strerror}", param_hint=option) from None
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        return name.strip(), given_value(path.read_text())
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"`{path}` cannot be read: {error}", param_hint=option) from None
 
 
 def _print(view: dict[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.text import Text
 
-from kitaru_zenml.cli.output import cli_command, command_to_type, console
+from kitaru_zenml.cli.output import cli_command, command_to_type, console, given_value, value_of_file
 
 
 @cli_command("send")
@@ -29,18 +28,9 @@ def command(run: str, event: str, payload: str | None, file: Path | None, key: s
         raise click.UsageError("Give the payload once: PAYLOAD or --file.")
     from kitaru_zenml.client import send_event
 
-    value = json.loads(file.read_text()) if file is not None else _value(payload)
+    value = value_of_file(file) if file is not None else None if payload is None else given_value(payload)
     sent = send_event(run, event, value, idempotency_key=key)
     if output == "text":
         console.print(Text(f"Sent `{event}` to run {sent.run_id}, under the key {sent.idempotency_key}."))
         console.print(Text.assemble("Next: ", command_to_type(f"kitaru resume {sent.run_id}"), " if no worker runs"))
     return {"run": sent.run_id, "event": event, "key": sent.idempotency_key, "payload": sent.payload}
-
-
-def _value(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
